@@ -25,25 +25,26 @@ var arrows = map[string]room{
 	// The binaries.
 	"cmd/countersignd": {
 		ours: `admin admin/api admin/certs appliance approval audit hsm internal/alert internal/anchor internal/backup
-			internal/cause internal/cli internal/durable internal/form internal/gate internal/history
+			internal/cause internal/cli internal/durable internal/escrow internal/form internal/gate internal/history
 			internal/journal internal/keyring internal/keystore internal/keystore/worker internal/launcher
 			internal/ledger
 			internal/logline internal/logqueue internal/mail internal/manage internal/meter
-			internal/operators internal/resource internal/sandbox internal/schedule internal/scrub
+			internal/operators internal/recipient internal/resource internal/sandbox internal/schedule
+			internal/scrub
 			internal/secret internal/sink internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
-			github.com/spf13/cobra golang.org/x/sys golang.org/x/term`,
+			github.com/spf13/cobra golang.org/x/sys`,
 	},
 	"cmd/countersign": {
-		ours: `admin/api approval audit client internal/cli internal/durable internal/form internal/ijson
-			internal/journal internal/keystore internal/sshagent policy transcript`,
+		ours: `admin/api approval audit client internal/cli internal/durable internal/escrow internal/form
+			internal/ijson internal/journal internal/keystore internal/recipient internal/sshagent policy transcript`,
 		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
-			"golang.org/x/crypto/ssh",
+			"golang.org/x/crypto/ssh golang.org/x/term",
 	},
 	// The edge for operators.
 	"admin": {
 		ours: `admin/api admin/certs admin/console appliance approval audit internal/alert
-			internal/anchor internal/cause internal/history internal/ijson internal/keyring
+			internal/anchor internal/cause internal/escrow internal/history internal/ijson internal/keyring
 			internal/keystore internal/ledger internal/logline internal/manage internal/meter
 			internal/operators internal/peers internal/requestid internal/schedule
 			internal/secret internal/sink internal/webhook policy wire`,
@@ -55,16 +56,16 @@ var arrows = map[string]room{
 	// The walk.
 	"appliance": {
 		ours: `audit internal/alert internal/anchor internal/backup internal/cause internal/durable
-			internal/eddsa internal/form internal/gate internal/ijson internal/keyring internal/keystore
-			internal/ledger internal/limit internal/mail internal/manage internal/meter internal/peers
+			internal/eddsa internal/escrow internal/form internal/gate internal/ijson internal/keyring
+			internal/keystore internal/ledger internal/limit internal/mail internal/manage internal/meter internal/peers
 			internal/requestid internal/resource internal/schedule internal/sink internal/trace
 			internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
 	// Below the walk: each of these packages follows a part of the ledger.
 	"internal/keyring": {
-		ours: `approval audit internal/cause internal/eddsa internal/form internal/gate internal/ijson
-			internal/keystore internal/ledger internal/limit internal/manage internal/meter
+		ours: `approval audit internal/cause internal/eddsa internal/escrow internal/form internal/gate
+			internal/ijson internal/keystore internal/ledger internal/limit internal/manage internal/meter
 			internal/peers internal/pubkey internal/requestid internal/schedule transcript wire`,
 	},
 	"internal/peers": {
@@ -73,9 +74,14 @@ var arrows = map[string]room{
 		outside: "golang.org/x/time",
 	},
 	"internal/backup": {
-		ours:    "audit internal/durable internal/keystore",
-		outside: "filippo.io/age golang.org/x/crypto golang.org/x/sys/unix",
+		ours:    "audit internal/durable internal/keystore internal/recipient",
+		outside: "filippo.io/age golang.org/x/sys/unix",
 	},
+	"internal/escrow": {
+		ours:    "internal/keystore internal/recipient internal/secret",
+		outside: "filippo.io/age github.com/cloudflare/circl golang.org/x/crypto/ssh",
+	},
+	"internal/recipient": {outside: "filippo.io/age golang.org/x/crypto"},
 	"internal/anchor": {
 		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage
 			internal/requestid internal/resource`,
@@ -112,10 +118,12 @@ var arrows = map[string]room{
 		outside: `github.com/google/go-tpm golang.org/x/sys`,
 	},
 	"internal/keystore/worker": {
-		ours:    "internal/durable internal/keystore internal/pubkey",
+		ours:    "internal/durable internal/escrow internal/keystore internal/pubkey internal/secret",
 		outside: "golang.org/x/sys",
 	},
-	"internal/form":    {ours: "audit internal/journal internal/keystore internal/webhook transcript"},
+	"internal/form": {
+		ours: "audit internal/journal internal/keystore internal/secret internal/webhook transcript",
+	},
 	"internal/journal": {ours: "internal/keystore"},
 	"internal/launcher": {
 		ours:    "internal/keystore/worker",
@@ -158,7 +166,7 @@ var arrows = map[string]room{
 		outside: `github.com/elastic/go-seccomp-bpf github.com/landlock-lsm/go-landlock golang.org/x/sys
 			kernel.org/pub/linux/libs/security/libcap/psx`,
 	},
-	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag"},
+	"internal/cli":     {outside: "github.com/spf13/cobra github.com/spf13/pflag golang.org/x/term"},
 	"internal/mail":    {ours: "internal/keystore internal/secret"},
 	"internal/webhook": {ours: "internal/eddsa internal/secret", outside: "github.com/go-json-experiment/json"},
 	"internal/sink": {
@@ -167,7 +175,10 @@ var arrows = map[string]room{
 	},
 	// For tests.
 	"client/clienttest":              {ours: "noise transcript wire"},
-	"internal/keystore/keystoretest": {ours: "internal/keystore internal/pubkey internal/scantest"},
+	"internal/keystore/keystoretest": {
+		ours:    "internal/escrow internal/keystore internal/pubkey internal/scantest internal/secret",
+		outside: "filippo.io/age",
+	},
 	"internal/ledger/ledgertest":     {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
 	"internal/mail/mailtest":         {ours: "internal/scantest"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},

@@ -53,9 +53,10 @@ var plainSecrets = map[string]string{
 	"internal/launcher Start Seed":             "the path of a file",
 	"internal/eddsa Expand seed":               "the edge to the algorithm: the seed is in a worker's protected memory",
 	"internal/keystore decodeSeed seed":        "an array on the stack, which ParseSeed makes a secret of",
-	"tpm newSeed seed":                         "in a function that erases its memory (secretDo)",
-	"tpm sealContent seed":                     "in a function that erases its memory (secretDo)",
-	"tpm openSeal seed":                        "in a function that erases its memory (secretDo)",
+	"tpm newSeed seed":                         "in a function that erases its memory (secret.Do)",
+	"tpm sealContent seed":                     "in a function that erases its memory (secret.Do)",
+	"tpm openSeal seed":                        "in a function that erases its memory (secret.Do)",
+	"internal/escrow Envelope Seed":            "encrypted to the key of the envelope (age)",
 	"tpm sealed Private":                       "encrypted by the TPM (TPM2B_PRIVATE)",
 }
 

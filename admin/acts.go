@@ -52,6 +52,7 @@ var acts = map[string]struct {
 	approval.ActKeySafeguard:     {makeRecovery, nil},
 	approval.ActKeyRecover:       {recoverLine, nil},
 	approval.ActKeySet:           {setKey, nil},
+	approval.ActHoldersSet:       {setHolders, warnSetHolders},
 	approval.ActRetentionShorten: {shortenRetention, nil},
 }
 

@@ -113,6 +113,9 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 		must(root.SetLine(r.t.Context(), "payments", api.Change{Presence: &seconds}))(r.t)
 		return []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}
 	},
+	approval.ActHoldersSet: func(*rig, *api.Client) []string {
+		return []string{"needed", "2", "holder_1", "ann " + annsKey, "holder_2", "bob " + bobsKey}
+	},
 	approval.ActRetentionShorten: func(*rig, *api.Client) []string { return []string{"audit", "90d"} },
 	approval.ActOperatorAdd: func(r *rig, _ *api.Client) []string {
 		return []string{"name", "anna", "roles", "auditor", "credential", r.json(r.credential("anna"))}
@@ -139,6 +142,48 @@ var actCases = map[string]func(r *rig, root *api.Client) []string{
 		r.anna(root, "approver")
 		return []string{"needed", "2"}
 	},
+}
+
+// annsKey and bobsKey are public keys of recovery holders, whose private keys nobody has kept.
+const (
+	annsKey = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
+	bobsKey = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOz+Ie/vpST4LL8TnxZFvYhpTrKn6v/QbVXbDUvTZrRg"
+)
+
+// TestHoldersThatAreNone: what is no set of recovery holders is refused before anybody approves it.
+func TestHoldersThatAreNone(t *testing.T) {
+	r := newRig(t)
+	root := r.root()
+	ann, bob := "ann "+annsKey, "bob "+bobsKey
+	for name, c := range map[string]struct {
+		parameters []string
+		want       string
+	}{
+		"no number":       {[]string{"needed", "x", "holder_1", ann, "holder_2", bob}, "not a number"},
+		"one is enough":   {[]string{"needed", "1", "holder_1", ann, "holder_2", bob}, "1 of 2 holders"},
+		"one alone":       {[]string{"needed", "2", "holder_1", ann}, "2 of 1 holders"},
+		"nobody":          {[]string{"needed", "2"}, "2 of 0 holders"},
+		"a gap":           {[]string{"needed", "2", "holder_1", ann, "holder_3", bob}, "holder_2 is missing"},
+		"the same twice":  {[]string{"needed", "2", "holder_1", ann, "holder_2", "eve " + annsKey}, "twice"},
+		"no key":          {[]string{"needed", "2", "holder_1", ann, "holder_2", "bob"}, "holder bob"},
+		"a private key":   {[]string{"needed", "2", "holder_1", ann, "holder_2", "bob AGE-SECRET-KEY-1QQQ"}, "a private key"},
+		"a terminal":      {[]string{"needed", "2", "holder_1", ann, "holder_2", "b\x1b " + bobsKey}, ""},
+		"another count":   {[]string{"needed", "2", "of", "3", "holder_1", ann, "holder_2", bob}, "2 are"},
+		"an old number":   {[]string{"needed", "2", "number", "7", "holder_1", ann, "holder_2", bob}, "number 0"},
+		"a tenth, at all": {[]string{"needed", "2", "holder_10", ann}, "holder_10"},
+	} {
+		n := api.NewProposal{Act: approval.ActHoldersSet, Parameters: pairs(c.parameters...)}
+		if _, err := root.Propose(t.Context(), n); err == nil || !strings.Contains(err.Error(), c.want) ||
+			strings.Contains(err.Error(), "1QQQ") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	r.done(root, approval.ActHoldersSet, "needed", "2", "holder_1", ann, "holder_2", bob+" bob@example.org")
+	h := must(root.Holders(t.Context()))(t)
+	if h.Number != 1 || h.Needed != 2 || len(h.Holders) != 2 || h.Holders[1].Recipient != bobsKey ||
+		!strings.HasPrefix(h.Holders[1].Fingerprint, "ssh-ed25519 SHA256:") {
+		t.Errorf("%+v", h)
+	}
 }
 
 // TestActsAreComplete compares the acts that can be proposed, and the cases of TestEveryAct, with

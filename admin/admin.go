@@ -166,6 +166,7 @@ func (s *server) createKey(ctx context.Context, who caller, in *body[api.NewKey]
 	n := in.Body
 	k, err := s.Appliance.Keys.Create(ctx, who.actor(), keyring.NewKey{
 		Name: n.Name, Algorithm: keystore.Algorithm(n.Algorithm), Token: n.Token, Seed: n.SeedFile,
+		Recoverable: n.Recoverable,
 	})
 	if err != nil {
 		return api.Key{}, err

@@ -122,7 +122,9 @@ func (r *rig) open(t *testing.T) {
 // new makes an appliance on a ledger, with a configured retention.
 func (r *rig) new(t *testing.T, l *ledger.Ledger, retention Retention) (*Appliance, error) {
 	c := Config{Limits: r.limits, Retention: retention, Meter: meter.New("test")}
-	tokens := map[string]keystore.Store{"memory": form.Guard(r.store, nil)}
+	tokens := map[string]keystore.Store{"memory": keystoretest.Sealing{
+		Store: form.Guard(r.store, nil), Memory: r.store,
+	}}
 	return New(t.Context(), c, l, tokens, parsed(t, allowShop), scantest.Log())
 }
 

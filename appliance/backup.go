@@ -19,7 +19,9 @@ import (
 	"countersign/internal/backup"
 	"countersign/internal/cause"
 	"countersign/internal/durable"
+	"countersign/internal/escrow"
 	"countersign/internal/ijson"
+	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
@@ -41,6 +43,8 @@ type BackupConfig struct {
 
 	// ProvenWithin is the longest time between two good drills without a cause; 0: none is wanted.
 	ProvenWithin time.Duration
+	// HoldersWithin is the same for drills with holders.
+	HoldersWithin time.Duration
 }
 
 // BackupKeep is how many backups are kept: the newest of each of the last days, weeks and months
@@ -304,7 +308,7 @@ func (a *Appliance) backupParts(
 		info := k.Info()
 		m.Keys = append(m.Keys, backup.Key{
 			Ref: info.Ref, Algorithm: info.Algorithm, Custody: info.Custody, Token: k.Token, State: string(k.State),
-			PublicKey: hex.EncodeToString(info.PublicKey), Recovery: k.Recovery,
+			PublicKey: hex.EncodeToString(info.PublicKey), Recovery: k.Recovery, Envelope: envelopeOf(k),
 		})
 	}
 	parts = []backup.Part{{
@@ -343,6 +347,14 @@ func (a *Appliance) backupParts(
 		}
 	}
 	return m, parts, nil
+}
+
+// envelopeOf returns SHA-256 of the envelope of a recoverable version, hexadecimal, or "".
+func envelopeOf(k *keyring.Key) string {
+	if len(k.Envelope) == 0 {
+		return ""
+	}
+	return escrow.Digest(k.Envelope)
 }
 
 // records returns all files of a token's keys.
@@ -670,7 +682,7 @@ func (a *Appliance) backupCauses() (causes []cause.Cause) {
 			break
 		}
 	}
-	causes = append(causes, a.drillCauses(time.Now())...)
+	causes = append(causes, slices.Concat(a.drillCauses(time.Now()), a.holderCauses(time.Now()))...)
 	if b.Ship == nil {
 		return causes
 	}

@@ -5,11 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"countersign/audit"
 	"countersign/internal/backup"
 	"countersign/internal/cause"
+	"countersign/internal/keyring"
+	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
 )
@@ -34,6 +37,10 @@ type Drill struct { // has the fields of api.Drill
 	Proven   []string `json:"proven"`
 	Unproven []string `json:"unproven"` // texts of things not shown, and why
 	Failure  string   `json:"failure,omitempty"`
+
+	// Of a drill with holders: who gave shares, and the versions of keys that came back and signed.
+	Holders []string `json:"holders,omitempty"`
+	Keys    []string `json:"keys,omitempty"`
 }
 
 // drillRecord is the record of drills, in the table Meta under drillKey.
@@ -42,6 +49,8 @@ type drillRecord struct {
 	Proven int64  `json:"proven,omitempty"` // of the last good drill
 	Last   *Drill `json:"last,omitempty"`
 	At     int64  `json:"at,omitempty"` // of the last drill
+
+	Holders int64 `json:"holders,omitempty"` // time of the last good drill with holders
 }
 
 const drillKey = "backup-drill"
@@ -83,6 +92,14 @@ func (a *Appliance) LastDrill() (last *Drill, at, proven time.Time) {
 	return rec.Last, at, proven
 }
 
+// HoldersProven returns the time of the last good drill with holders, or zero.
+func (a *Appliance) HoldersProven() (at time.Time) {
+	if rec := a.backups.drill.Load(); rec != nil && rec.Holders != 0 {
+		at = time.Unix(rec.Holders, 0)
+	}
+	return at
+}
+
 // maxDrillTexts bounds the texts of a report.
 const maxDrillTexts = 30
 
@@ -97,6 +114,11 @@ func (d Drill) check() error {
 	for _, text := range all {
 		if err := manage.CheckReason(text); err != nil {
 			return err
+		}
+	}
+	for _, name := range d.Holders {
+		if err := keystore.CheckName(name); err != nil {
+			return fmt.Errorf("%w: a holder: %w", manage.ErrInvalid, err)
 		}
 	}
 	if d.Failure == "" && len(d.Proven) == 0 {
@@ -136,10 +158,13 @@ func (a *Appliance) Drilled(ctx context.Context, who audit.Actor, d Drill) (Dril
 			d.Proven = append(d.Proven, "the log of today names the backup, and continues its log")
 		}
 	}
-	e := audit.NewBackupProven(who, d.Backup, d.SHA256, d.Size, time.Unix(d.Reached, 0), d.Proven, d.Unproven)
+	e := audit.NewBackupProven(who, d.Backup, d.SHA256, d.Size, time.Unix(d.Reached, 0), d.Proven, d.Unproven,
+		d.Holders)
 	if d.Failure != "" {
 		e = audit.NewDrillFailed(who, d.Backup, errors.New(d.Failure))
 	}
+	kept := d
+	kept.Keys = nil
 	return d, a.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		var rec drillRecord
 		if value := tx.Get(ledger.Meta, drillKey); value != nil {
@@ -147,12 +172,15 @@ func (a *Appliance) Drilled(ctx context.Context, who audit.Actor, d Drill) (Dril
 				return err
 			}
 		}
-		rec.At, rec.Last = time.Now().Unix(), &d
+		rec.At, rec.Last = time.Now().Unix(), &kept
 		if rec.Since == 0 {
 			rec.Since = rec.At
 		}
 		if d.Failure == "" {
 			rec.Proven = rec.At
+			if len(d.Holders) > 0 {
+				rec.Holders = rec.At
+			}
 		}
 		if err := tx.Put(ledger.Meta, drillKey, manage.Encode(rec)); err != nil {
 			return err
@@ -193,6 +221,11 @@ func (a *Appliance) proves(d Drill, now time.Time) error {
 	} else if err != nil {
 		return err
 	}
+	if len(d.Holders) > 0 {
+		if missing := a.notReturned(d); len(missing) > 0 {
+			return fails("the holders have not brought back %s", missing[0])
+		}
+	}
 	if a.backups.Ship == nil {
 		return nil
 	}
@@ -209,6 +242,41 @@ func (a *Appliance) proves(d Drill, now time.Time) error {
 			d.End, late.Round(time.Second))
 	}
 	return nil
+}
+
+// notReturned lists the recoverable versions of the time that a drill reaches which have not come
+// back in the drill.
+func (a *Appliance) notReturned(d Drill) (missing []string) {
+	for _, k := range keyring.Recoverable(a.Keys.All()) {
+		if k.Created.Unix() < d.Reached && !slices.Contains(d.Keys, k.Ref().String()) {
+			missing = append(missing, k.Ref().String())
+		}
+	}
+	return missing
+}
+
+// holderCauses is a drill with holders that is due for too long. Without a recoverable key none is.
+func (a *Appliance) holderCauses(now time.Time) []cause.Cause {
+	within := a.backups.HoldersWithin
+	some := keyring.Recoverable(a.Keys.All())
+	if a.backups.Folder == "" || within == 0 || len(some) == 0 {
+		return nil
+	}
+	since, text := a.HoldersProven(), ""
+	if since.IsZero() {
+		since, text = now, "no holders have ever brought the recoverable keys back in a drill"
+		for _, k := range some {
+			if k.Created.Before(since) {
+				since = k.Created
+			}
+		}
+	} else {
+		text = "the last drill with holders was at " + since.UTC().Format(time.RFC3339)
+	}
+	if now.Sub(since) <= within {
+		return nil
+	}
+	return cause.HoldersUnproven.Err("", errors.New(text))
 }
 
 // eventAt returns an event by its number, or an error that wraps ledger.ErrNotFound or ErrDropped.

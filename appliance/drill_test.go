@@ -8,8 +8,12 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/backup"
+	"countersign/internal/escrow"
+	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+
+	"filippo.io/age"
 )
 
 // wantDrills has a rig want a drill every 7 days, as a start does.
@@ -94,6 +98,79 @@ func TestDrillsAreWanted(t *testing.T) {
 	expect("after another good one", 0, "")
 	r.backups.ProvenWithin = 0
 	expect("where none are wanted", 30*day, "")
+}
+
+// TestDrillsWithHolders: as soon as a key is recoverable, a drill with holders is wanted within a
+// time, and a drill must bring back all recoverable keys.
+func TestDrillsWithHolders(t *testing.T) {
+	const day = 24 * time.Hour
+	r := newRig(t)
+	r.backedUp(t)
+	r.wantDrills(t)
+	r.backups.HoldersWithin = 100 * day
+	expect := func(when string, in time.Duration, want string) {
+		t.Helper()
+		text := ""
+		for _, c := range r.holderCauses(time.Now().Add(in)) {
+			text = c.Text
+		}
+		if text != want && (want == "" || !strings.Contains(text, want)) {
+			t.Errorf("%s, in %v: %q, want %q", when, in, text, want)
+		}
+	}
+	expect("without a recoverable key", 1000*day, "")
+	set := escrow.Set{Number: 1, Needed: 2}
+	for _, name := range []string{"ann", "bob"} {
+		id, err := age.GenerateX25519Identity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		set.Holders = append(set.Holders, escrow.Holder{Name: name, Recipient: id.Recipient().String()})
+	}
+	if err := r.Keys.SetHolders(t.Context(), approved, set); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "vault", Recoverable: true}); err != nil {
+		t.Fatal(err)
+	}
+	expect("at first", 99*day, "")
+	expect("at first", 101*day, "no holders have ever")
+	report := func(change func(*Drill)) Drill {
+		t.Helper()
+		d := r.goodDrill(t)
+		d.Reached = time.Now().Add(time.Minute).Unix() // after the second of the creation
+		change(&d)
+		d, err := r.Drilled(t.Context(), operator, d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	if d := report(func(*Drill) {}); d.Failure != "" {
+		t.Errorf("without holders: %s", d.Failure)
+	}
+	expect("after a drill without holders", 101*day, "no holders have ever")
+	d := report(func(d *Drill) { d.Holders, d.Keys = []string{"ann", "bob"}, []string{"vault/1"} })
+	if !strings.Contains(d.Failure, "have not brought back vault/2") || !r.HoldersProven().IsZero() {
+		t.Errorf("one key is missing: %q", d.Failure)
+	}
+	both := func(d *Drill) { d.Holders, d.Keys = []string{"ann", "bob"}, []string{"vault/1", "vault/2"} }
+	if d := report(both); d.Failure != "" {
+		t.Errorf("all keys: %s", d.Failure)
+	}
+	expect("after one", 99*day, "")
+	expect("after one", 101*day, "the last drill with holders was at")
+	r.reopen(t)
+	r.backups.HoldersWithin = 100 * day
+	r.wantDrills(t)
+	expect("after a restart", 99*day, "")
+	r.backups.HoldersWithin = 0
+	expect("where none are wanted", 1000*day, "")
+	bad := r.goodDrill(t)
+	bad.Holders = []string{"ann\x1b"}
+	if _, err := r.Drilled(t.Context(), operator, bad); !errors.Is(err, manage.ErrInvalid) {
+		t.Errorf("a holder's name: %v", err)
+	}
 }
 
 // TestDrillIsCompared: a backup that the log does not name, whose log is not the beginning of

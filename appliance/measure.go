@@ -93,6 +93,9 @@ func (a *Appliance) measureBackups(s *meter.Sample) {
 	if _, _, proven := a.LastDrill(); !proven.IsZero() {
 		s.Set(meter.BackupProven, time.Since(proven).Seconds())
 	}
+	if proven := a.HoldersProven(); !proven.IsZero() {
+		s.Set(meter.HoldersProven, time.Since(proven).Seconds())
+	}
 	if ship := a.backups.Ship; ship != nil {
 		behind, _ := ship.Behind()
 		s.Set(meter.BackupBehind, behind.Seconds())

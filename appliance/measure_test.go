@@ -46,7 +46,9 @@ func TestEverySeriesIsServed(t *testing.T) {
 	if _, err := r.Backup(t.Context(), operator); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Drilled(t.Context(), operator, r.goodDrill(t)); err != nil {
+	drill := r.goodDrill(t)
+	drill.Holders = []string{"ann", "bob"}
+	if _, err := r.Drilled(t.Context(), operator, drill); err != nil {
 		t.Fatal(err)
 	}
 	_, body, err := r.meter.Expose("")

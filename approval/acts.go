@@ -28,6 +28,7 @@ const (
 	ActKeySafeguard     = "key safeguard"
 	ActKeyRecover       = "key recover"
 	ActKeySet           = "key set"
+	ActHoldersSet       = "holders set"
 	ActRetentionShorten = "retention shorten"
 	ActOperatorAdd      = "operator add"
 	ActOperatorRoles    = "operator roles"
@@ -156,6 +157,15 @@ var gates = []gate{
 		return []Parameter{{"key", keyOf(resource)}, {"reason", m["reason"]}}
 	}},
 	{ActKeySet, managers, audit.LineChanged, weakened, weakerSettings},
+	{ActHoldersSet, administrators, audit.HoldersChanged, nil, func(_ string, m map[string]string) []Parameter {
+		p := []Parameter{{"number", m["number"]}, {"needed", m["needed"]}, {"of", m["of"]}}
+		of, _ := strconv.ParseUint(m["of"], 10, 8) // of another form, it is in no proposal
+		for i := range min(of, MaxHolders) {
+			name := "holder_" + strconv.FormatUint(i+1, 10)
+			p = append(p, Parameter{name, m[name]})
+		}
+		return p
+	}},
 	{ActRetentionShorten, administrators, audit.RetentionChanged, is("shortened", "yes"), nil},
 	{ActOperatorAdd, administrators, audit.OperatorChanged, is("change", ChangeAdded), nameOf},
 	{ActOperatorRoles, administrators, audit.OperatorChanged, is("change", ChangeRoles), nameOf},
@@ -176,6 +186,9 @@ var gates = []gate{
 		return []Parameter{{"name", resource}, {"token_sha256", m["token_sha256"]}, {"expires", m["expires"]}}
 	}},
 }
+
+// MaxHolders is the most recovery holders that an act can name.
+const MaxHolders = 9
 
 // The changes of an operator that an event OperatorChanged can name.
 const (

@@ -287,6 +287,8 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"key recover", []string{"key", "payments", "reason", "it burnt"}, audit.NewKeyRecovered(
 			audit.Actor{}, "payments/1000000", "payments/1", "payments/2", "it burnt", nil, time.Time{}), nil},
 		{"key set", []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}, weaker, nil},
+		{"holders set", []string{"number", "1", "needed", "2", "of", "2", "holder_1", "ann age1a", "holder_2", "bob age1b"},
+			audit.NewHoldersChanged(audit.Actor{}, 1, 2, []string{"ann age1a", "bob age1b"}), nil},
 		{"retention shorten", []string{"audit", "30d"}, shortened, nil},
 		{"hold release", []string{"epoch", "3", "name", "court", "reason", "court said so"}, released, nil},
 		{"rollback accept", []string{"reason", "restored"},
@@ -310,6 +312,24 @@ func (s *scenario) gatedActs() []gatedAct {
 			changeOf("carl", "credential added", two), nil},
 		{"credential remove", []string{"name", "carl", "credential", s.have["carl"].ID},
 			changeOf("carl", "credential removed", one), addSecond},
+	}
+}
+
+// TestReplayOfHolders: the recovery holders of the log are exactly those that were approved.
+func TestReplayOfHolders(t *testing.T) {
+	approved := []string{"number", "1", "needed", "2", "of", "2", "holder_1", "ann age1a", "holder_2", "bob age1b"}
+	for name, e := range map[string]audit.Event{
+		"one more":     audit.NewHoldersChanged(audit.Actor{}, 1, 2, []string{"ann age1a", "bob age1b", "eve age1e"}),
+		"one less":     audit.NewHoldersChanged(audit.Actor{}, 1, 2, []string{"ann age1a"}),
+		"another":      audit.NewHoldersChanged(audit.Actor{}, 1, 2, []string{"ann age1a", "bob age1e"}),
+		"fewer needed": audit.NewHoldersChanged(audit.Actor{}, 1, 1, []string{"ann age1a", "bob age1b"}),
+		"none":         {Type: audit.HoldersChanged, Metadata: with("number", "1", "needed", "2", "of", "2")},
+	} {
+		s := beginning(t)
+		s.carryOut(both, e, "holders set", approved...)
+		if _, err := Replay(s.seq(), ReplayOptions{}); err == nil {
+			t.Errorf("%s: the log is believed", name)
+		}
 	}
 }
 

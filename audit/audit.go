@@ -55,6 +55,8 @@ const (
 	KeyRotated          Type = "KeyRotated"
 	KeyRotationFailed   Type = "KeyRotationFailed"
 	KeyRecovered        Type = "KeyRecovered"      // a line goes on with its recovery successor
+	KeyReturned         Type = "KeyReturned"       // holders' shares have made a key on its token again
+	HoldersChanged      Type = "HoldersChanged"    // metadata number, needed, of, holder_1 and so on
 	KeyStateChanged     Type = "KeyStateChanged"   // metadata from and to
 	KeyCommitted        Type = "KeyCommitted"      // a successor exists; metadata next: SHA-256 of its public key
 	RotationRequested   Type = "RotationRequested" // by an operator; on disk before anything is tried
@@ -142,7 +144,7 @@ var kinds = map[Type]Kind{
 	EpochBegun: Other, Started: Other, Stopped: Other,
 	SignatureRejected: Other, ReplayRefused: Other, RateLimitTriggered: Other, HandshakeRefused: Other,
 	KeyCreated: Other, KeyImported: Other, KeyCreationFailed: Other,
-	KeyRotated: Other, KeyRotationFailed: Other, KeyRecovered: Other,
+	KeyRotated: Other, KeyRotationFailed: Other, KeyRecovered: Other, KeyReturned: Other, HoldersChanged: Other,
 	KeyStateChanged: Other,
 	KeyCommitted:    Other, RotationRequested: Other, RotationAnnounced: Other, RotationCancelled: Other,
 	RotationKnown: Other, CompromiseKnown: Other, LineChanged: Other, NoiseKeyAuthorized: Other,

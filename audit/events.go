@@ -157,6 +157,7 @@ type KeyFacts struct {
 	Custody    string
 	Provenance string
 	Token      string
+	Envelope   string // SHA-256 of the sealed seed of a recoverable key, hexadecimal; or ""
 }
 
 // NewKeyCreated records version 1 of a key coming into use, made on a token or imported.
@@ -165,8 +166,16 @@ func NewKeyCreated(who Actor, key string, k KeyFacts, imported bool) Event {
 	if imported {
 		t, action = KeyImported, "key import"
 	}
-	return newEvent(t, who, action, key, "algorithm", k.Algorithm, "public_key", hex.EncodeToString(k.PublicKey),
-		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+	return k.in(newEvent(t, who, action, key, "algorithm", k.Algorithm, "public_key", hex.EncodeToString(k.PublicKey)))
+}
+
+// in returns an event with the facts about where the private key is.
+func (k KeyFacts) in(e Event) Event {
+	e = e.with("custody", k.Custody).with("provenance", k.Provenance).with("token", k.Token)
+	if k.Envelope != "" {
+		e = e.with("envelope", k.Envelope)
+	}
+	return e
 }
 
 // NewKeyCreationFailed records the removal of a version before any use.
@@ -176,8 +185,7 @@ func NewKeyCreationFailed(key, outcome string) Event {
 
 // NewKeyCommitted records the successor of a version: next is the SHA-256 of the public key.
 func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
-	return newEvent(KeyCommitted, who, "key create", key, "next", hex.EncodeToString(next[:]),
-		"custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+	return k.in(newEvent(KeyCommitted, who, "key create", key, "next", hex.EncodeToString(next[:])))
 }
 
 // NewRecoveryCommitted records the recovery successor of a line whose version key is active: the
@@ -186,13 +194,34 @@ func NewKeyCommitted(who Actor, key string, next [32]byte, k KeyFacts) Event {
 func NewRecoveryCommitted(
 	who Actor, key string, version uint32, replaced string, commitment [32]byte, k KeyFacts,
 ) Event {
-	e := newEvent(KeyCommitted, who, "key safeguard", key, "recovery", hex.EncodeToString(commitment[:]),
-		"version", decimal(version), "custody", k.Custody, "provenance", k.Provenance, "token", k.Token)
+	e := k.in(newEvent(KeyCommitted, who, "key safeguard", key, "recovery", hex.EncodeToString(commitment[:]),
+		"version", decimal(version)))
 	if replaced != "" {
 		e = e.with("replaces", replaced)
 	}
 	return e
 }
+
+// NewHoldersChanged records the set of recovery holders for keys that are made from now on. Each
+// holder is a name, a blank and a public key.
+func NewHoldersChanged(who Actor, number uint32, needed int, holders []string) Event {
+	e := newEvent(HoldersChanged, who, "holders set", "", "number", decimal(number), "needed", decimal(needed),
+		"of", decimal(len(holders)))
+	for i, h := range holders {
+		e = e.with("holder_"+decimal(i+1), h)
+	}
+	return e
+}
+
+// NewKeyReturned records that the private key of a version is on its token again, from the envelope
+// with this SHA-256 (hexadecimal) and the shares of holders.
+func NewKeyReturned(who Actor, key, token, envelope string, holders []string) Event {
+	return newEvent(KeyReturned, who, "key return", key, "token", token, "envelope", envelope,
+		"holders", strings.Join(holders, ", "))
+}
+
+// Failed is an event about the failure of what the event has announced.
+func (e Event) Failed() Event { return e.ended("failed") }
 
 // NewKeyRecovered records that a line goes on with its recovery successor: last is the version that
 // was the last to sign, and retires the latest time of its archiving, zero for none. archived is
@@ -524,13 +553,18 @@ func NewBackupRestored(who Actor, digest string, made time.Time, replaces string
 
 // NewBackupProven records a drill, which has restored a backup (see NewBackupMade) where nobody can
 // reach the result: the events in the tree of the backup, the time that the ledger with its lists
-// of writes reaches, and what was proven and what could not be.
+// of writes reaches, and what was proven and what could not be. holders have brought the
+// recoverable keys back in a drill with holders.
 func NewBackupProven(
-	who Actor, name, digest string, events uint64, reached time.Time, proven, unproven []string,
+	who Actor, name, digest string, events uint64, reached time.Time, proven, unproven, holders []string,
 ) Event {
-	return newEvent(BackupProven, who, "backup drill", name, "sha256", digest, "events", decimal(events),
+	e := newEvent(BackupProven, who, "backup drill", name, "sha256", digest, "events", decimal(events),
 		"reached", reached.UTC().Format(time.RFC3339), "proven", strings.Join(proven, "; "),
 		"unproven", strings.Join(unproven, "; "))
+	if len(holders) > 0 {
+		e = e.with("holders", strings.Join(holders, ", "))
+	}
+	return e
 }
 
 // NewDrillFailed records a drill that found a backup not to be good, or found none.

@@ -586,6 +586,13 @@ func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag 
 		return nil, fmt.Errorf("hsm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	defer seed.Wipe()
+	return st.ImportSeed(ctx, ref, seed, tag)
+}
+
+// ImportSeed is Import with a seed in memory.
+func (st *Store) ImportSeed(
+	ctx context.Context, ref keystore.Ref, seed secret.Bytes, tag keystore.Tag,
+) (keystore.Key, error) {
 	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) ([]byte, error) {
 		return st.importSeed(s, ref, c, tag, seed)
 	})

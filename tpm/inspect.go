@@ -85,7 +85,7 @@ func (s *Store) Inspect(ctx context.Context, prove bool) (found []keystore.Findi
 		}
 		err := s.withPIN(ctx, s.config.PINFile != "", func(pin secret.Bytes) error {
 			return s.bus.use(ctx, func(t transport.TPM) (err error) {
-				secretDo(func() { err = s.make(t, &record{Format: 1, Info: info}, pin, seed) })
+				secret.Do(func() { err = s.make(t, &record{Format: 1, Info: info}, pin, seed) })
 				return err
 			})
 		})

@@ -113,7 +113,7 @@ func (k *key) Sign(ctx context.Context, message []byte, judge keystore.Judge) (s
 			return nil, err
 		}
 		signature = make([]byte, ed25519.SignatureSize)
-		secretDoNoHeap(func() { eddsa.Sign(signature, u.key, u.info.PublicKey, message) })
+		secret.DoNoHeap(func() { eddsa.Sign(signature, u.key, u.info.PublicKey, message) })
 		release()
 	case keystore.P256:
 		if signature, err = k.signResident(ctx, message); err != nil {
@@ -137,9 +137,9 @@ func (k *key) signResident(ctx context.Context, message []byte) (signature []byt
 	digest := sha256.Sum256(message)
 	err = k.store.withPIN(ctx, r.Sealed.PIN, func(pin secret.Bytes) error {
 		return k.store.bus.use(ctx, func(t transport.TPM) (err error) {
-			do := secretDoNoHeap
+			do := secret.DoNoHeap
 			if !pin.Empty() { // go-tpm copies the PIN to the heap
-				do = secretDo
+				do = secret.Do
 			}
 			do(func() { signature, err = sign(t, k.store.srk, r.Sealed, pin, digest[:]) })
 			return explainPolicy(t, r.Sealed, err)
@@ -160,7 +160,7 @@ func (k *key) Exchange(ctx context.Context, peer [32]byte) (shared [32]byte, err
 		return shared, err
 	}
 	defer release()
-	secretDo(func() {
+	secret.Do(func() {
 		var own *ecdh.PrivateKey
 		var theirs *ecdh.PublicKey
 		if own, err = ecdh.X25519().NewPrivateKey(u.key[:32]); err != nil {
@@ -286,6 +286,13 @@ func (s *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag k
 		return nil, fmt.Errorf("tpm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	defer seed.Wipe()
+	return s.ImportSeed(ctx, ref, seed, tag)
+}
+
+// ImportSeed is Import with a seed in memory.
+func (s *Store) ImportSeed(
+	ctx context.Context, ref keystore.Ref, seed secret.Bytes, tag keystore.Tag,
+) (keystore.Key, error) {
 	info := keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, Tag: tag, Custody: keystore.TPMSealed}
 	return s.create(ctx, "import", info, func(transport.TPM, storageKey) ([32]byte, error) {
 		return [32]byte(seed.Expose()), nil
@@ -316,7 +323,7 @@ func (s *Store) create(ctx context.Context, operation string, info keystore.Info
 	r := record{Format: 1, Info: info}
 	err := s.withPIN(ctx, s.config.PINFile != "", func(pin secret.Bytes) error {
 		return s.bus.use(ctx, func(t transport.TPM) (err error) {
-			secretDo(func() { err = s.make(t, &r, pin, seed) })
+			secret.Do(func() { err = s.make(t, &r, pin, seed) })
 			return err
 		})
 	})

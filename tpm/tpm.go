@@ -275,7 +275,7 @@ func (s *Store) seed(ctx context.Context, k *key) (u *unsealed, release func(), 
 func (s *Store) unseal(ctx context.Context, r record) error {
 	return s.withPIN(ctx, r.Sealed.PIN, func(pin secret.Bytes) error {
 		return s.bus.use(ctx, func(t transport.TPM) (err error) {
-			secretDo(func() {
+			secret.Do(func() {
 				var data []byte
 				if data, err = unseal(t, s.srk, r.Sealed, pin); err != nil {
 					return

@@ -83,6 +83,10 @@ const (
 const (
 	CustodyHSM = "hsm-resident" // the private key never leaves the token
 	CustodyTPM = "tpm-sealed"   // encrypted by a TPM; in protected memory while in use
+
+	// As the two above, with a copy that only M of N recovery holders together can open.
+	CustodyHSMRecoverable = "hsm-recoverable"
+	CustodyTPMRecoverable = "tpm-recoverable"
 )
 
 // The values of Key.Provenance.
@@ -339,7 +343,7 @@ type Key struct {
 	Version    uint32  `json:"version"`
 	Algorithm  string  `json:"algorithm"`  // Ed25519
 	State      string  `json:"state"`      // StateActive and so on
-	Custody    string  `json:"custody"`    // CustodyHSM or CustodyTPM
+	Custody    string  `json:"custody"`    // one of the Custody constants
 	Provenance string  `json:"provenance"` // Generated, Imported or Unreported
 	PublicKey  Bytes32 `json:"public_key"`
 	// Compromised stays set for ever, also when the version is destroyed.

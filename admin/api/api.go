@@ -171,6 +171,8 @@ type NewKey struct {
 	Algorithm string `json:"algorithm,omitempty" enum:"ed25519,p256" doc:"ed25519 where it is left out"`
 	Token     string `json:"token,omitempty" maxLength:"64" doc:"may be left out where there is only one"`
 	SeedFile  string `json:"seed_file,omitempty" maxLength:"4096" doc:"import: an absolute path on the appliance"`
+
+	Recoverable bool `json:"recoverable,omitempty" doc:"seal a copy for the recovery holders, of all versions, for ever"`
 }
 
 // Rollback reports whether the ledger is older than the monotonic counter of its device.
@@ -318,6 +320,9 @@ type Drill struct {
 	Proven   []string `json:"proven" maxItems:"30" doc:"what the drill has shown"`
 	Unproven []string `json:"unproven" maxItems:"30" doc:"what it could not show, and why"`
 	Failure  string   `json:"failure,omitempty" maxLength:"500" doc:"why the backup is not good"`
+
+	Holders []string `json:"holders,omitempty" maxItems:"100" doc:"with holders: those who gave their shares"`
+	Keys    []string `json:"keys,omitempty" maxItems:"20000" doc:"with holders: the versions that came back and signed"`
 }
 
 // Drills is the last drill, with its time and that of the last good one. Times are Unix seconds; 0:
@@ -326,6 +331,28 @@ type Drills struct {
 	Last   *Drill `json:"last,omitempty"`
 	At     int64  `json:"at"`
 	Proven int64  `json:"proven"`
+}
+
+// Holders are the recovery holders of keys that are made from now on. Number is 0 where there are
+// none.
+type Holders struct {
+	Number  uint32   `json:"number" doc:"of the set; each change makes another one"`
+	Needed  int      `json:"needed" doc:"holders who together can bring a key back"`
+	Holders []Holder `json:"holders"`
+	Keys    []string `json:"keys" doc:"the versions of keys that holders can bring back, of this set or an earlier one"`
+	Proven  int64    `json:"proven" doc:"the last good drill with holders, Unix seconds; 0: none"`
+}
+
+// Holder is a person with shares of keys.
+type Holder struct {
+	Name        string `json:"name"`
+	Recipient   string `json:"recipient" doc:"age1..., or an SSH public key"`
+	Fingerprint string `json:"fingerprint" doc:"age1..., or the type and fingerprint of an SSH key"`
+}
+
+// Holders returns the present recovery holders.
+func (c *Client) Holders(ctx context.Context) (h Holders, err error) {
+	return h, c.do(ctx, http.MethodGet, "/v1/holders", nil, &h)
 }
 
 // LastDrill returns the last drill.

@@ -114,7 +114,7 @@ func (t *tool) root() *cobra.Command {
 	root.SetOut(t.stdout)
 	root.SetErr(t.stderr)
 	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(),
-		t.transcript(), t.policy(), t.audit(), t.admin())
+		t.transcript(), t.policy(), t.audit(), t.holder(), t.admin())
 	cli.Add(root, func(err error) error { return failed{err} })
 	addExamples(root)
 	t.addCompletion(root)

@@ -64,24 +64,33 @@ func (t *tool) admin() *cobra.Command {
 		})
 	c.AddCommand(t.adminKeys(act), t.peers(act), t.groups(act), t.tokens(act), t.rollback(act), t.adminAudit(act),
 		noiseKey, t.policyVersions(act), t.retention(act), t.receipts(act), t.ledger(act), t.backups(act),
-		t.metrics(act), t.history(act), t.stream(act), t.alerts(act))
+		t.metrics(act), t.history(act), t.stream(act), t.alerts(act), t.holders(act))
 	c.AddCommand(t.people(act)...)
 	return c
 }
 
 func (t *tool) adminKeys(act maker) *cobra.Command {
 	var algorithm, token string
+	var recoverable bool
 	create := act("create NAME", "Create a signing key in a token", cobra.ExactArgs(1),
 		func(ctx context.Context, c *api.Client, args []string) error {
-			k, err := c.CreateKey(ctx, api.NewKey{Name: args[0], Algorithm: algorithm, Token: token})
+			k, err := c.CreateKey(ctx, api.NewKey{
+				Name: args[0], Algorithm: algorithm, Token: token, Recoverable: recoverable,
+			})
 			if err != nil {
 				return err
 			}
 			return t.print(k, func(w io.Writer) { showKey(w, k) })
 		})
+	details(create, "A key never leaves its token. With --recoverable, its seed is made by a key worker, which seals a\n"+
+		"copy for the recovery holders (countersign admin holders) before the token gets the key: any M of\n"+
+		"the N holders together can bring the key back, on another token too. All later versions of the key\n"+
+		"are made the same way. This is decided here, once, and shown for ever as the custody of the key.")
 	create.Example = "  countersign admin key create payments\n" +
+		"  countersign admin key create invoices --recoverable\n" +
 		"  countersign admin key create tls --algorithm p256"
 	create.Flags().StringVar(&algorithm, "algorithm", "ed25519", "the `algorithm`: ed25519, or p256 for TLS")
+	create.Flags().BoolVar(&recoverable, "recoverable", false, "seal a copy of each version for the recovery holders")
 
 	importKey := act("import NAME SEED_FILE", "Import an Ed25519 seed from a file on the appliance", cobra.ExactArgs(2),
 		func(ctx context.Context, c *api.Client, args []string) error {
@@ -367,7 +376,9 @@ func showKey(w io.Writer, k api.Key) {
 	made := fmt.Sprintf("%s, %s, %s", either(p.Local, "made inside the device", "made elsewhere"),
 		either(p.AlwaysSensitive, "never readable", "once readable"),
 		either(p.NeverExtractable, "never extractable", "once extractable"))
-	if k.Custody == string(keystore.TPMSealed) { // a sealed key is in this machine's memory while in use
+	if keystore.Custody(k.Custody).Recoverable() {
+		made = "made by a key worker, which has sealed a copy for the recovery holders"
+	} else if k.Custody == string(keystore.TPMSealed) { // a sealed key is in this machine's memory while in use
 		made = either(p.Local, "made by a key worker of random numbers of the TPM and the system", "made elsewhere") +
 			", and sealed by the TPM"
 	} else if p.Unreported {

@@ -13,6 +13,7 @@ import (
 	"countersign/appliance"
 	"countersign/internal/backup"
 	"countersign/internal/cli"
+	"countersign/internal/recipient"
 	"countersign/internal/schedule"
 )
 
@@ -45,11 +46,14 @@ type Backup struct {
 	// ProvenWithin is the longest time between two drills (countersignd drill) that prove a backup.
 	// Beyond that the state has a cause, and an alert goes out. Default: 7d. 0s wants no drills.
 	ProvenWithin Duration `toml:"proven_within"`
+	// HoldersWithin is the same for drills with holders (countersignd drill --holders), where keys are
+	// recoverable. Default: 100d. 0s wants none.
+	HoldersWithin Duration `toml:"holders_proven_within"`
 }
 
 func defaultBackup() Backup {
 	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Lists: true, Daily: 7, Weekly: 5, Monthly: 12,
-		ProvenWithin: Duration(7 * 24 * time.Hour)}
+		ProvenWithin: Duration(7 * 24 * time.Hour), HoldersWithin: Duration(100 * 24 * time.Hour)}
 }
 
 // check checks the fields.
@@ -66,7 +70,7 @@ func (b *Backup) check() error {
 		}
 	}
 	for _, text := range b.Recipients {
-		if _, err := backup.ParseRecipient(text); err != nil {
+		if _, err := recipient.Parse(text); err != nil {
 			return fmt.Errorf("recipients: %w", err)
 		}
 	}
@@ -87,10 +91,10 @@ func (c *Config) backup() appliance.BackupConfig {
 	b := appliance.BackupConfig{
 		Folder: c.Backup.Folder, Schedule: c.Backup.Schedule, Version: cli.Version(),
 		Keep:         appliance.BackupKeep{Daily: c.Backup.Daily, Weekly: c.Backup.Weekly, Monthly: c.Backup.Monthly},
-		ProvenWithin: c.Backup.ProvenWithin.std(),
-		States:       map[string]string{}, Files: []backup.File{{Kind: backup.Ledger, Path: absolutePath(c.Ledger)}},
+		ProvenWithin: c.Backup.ProvenWithin.std(), HoldersWithin: c.Backup.HoldersWithin.std(),
+		States: map[string]string{}, Files: []backup.File{{Kind: backup.Ledger, Path: absolutePath(c.Ledger)}},
 	}
-	b.To, _ = backup.ParseRecipients(c.Backup.Recipients) // checked with the configuration
+	b.To, _ = recipient.ParseAll(c.Backup.Recipients) // checked with the configuration
 	if b.Schedule == "none" {
 		b.Schedule = ""
 	}

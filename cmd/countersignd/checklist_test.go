@@ -51,7 +51,7 @@ func TestChecklistIsHonest(t *testing.T) {
 	full := verdicts(strings.Replace(least, "[tokens", "admin_https = \"127.0.0.1:7780\"\n[tokens", 1) +
 		"workers = 1\n[tokens.anchor]\ntpm = \"/dev/tpmrm0\"\nstate = \"tpm\"\n" +
 		"[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n" +
-		"[backup]\nfolder = \"backups\"\nrecipients = [\"" + recipient + "\"]\n")
+		"[backup]\nfolder = \"backups\"\nrecipients = [\"" + aRecipient + "\"]\n")
 	watched := verdicts(strings.Replace(least, "[tokens", "metrics_listen = \"127.0.0.1:7790\"\n[tokens", 1))
 	if got := watched["Monitoring and alerts set up"]; got.state != "partly" {
 		t.Errorf("metrics without a receiver of alerts: %v", got)

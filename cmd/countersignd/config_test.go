@@ -374,14 +374,14 @@ func TestOldConfigurations(t *testing.T) {
 	}
 }
 
-const recipient = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
+const aRecipient = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
 
 // TestBackupConfig checks the errors of the table of backups.
 func TestBackupConfig(t *testing.T) {
-	folder := "[backup]\nfolder = \"b\"\nrecipients = [\"" + recipient + "\"]\n"
+	folder := "[backup]\nfolder = \"b\"\nrecipients = [\"" + aRecipient + "\"]\n"
 	for config, want := range map[string]string{
 		"[backup]\nfolder = \"b\"\n":                       "backup.recipients are missing",
-		"[backup]\nrecipients = [\"" + recipient + "\"]\n": "backup.recipients are for a folder",
+		"[backup]\nrecipients = [\"" + aRecipient + "\"]\n": "backup.recipients are for a folder",
 		"[backup]\nfolder = \"b\"\nrecipients = [\"x\"]\n": "backup.recipients: ",
 		folder + "schedule = \"nightly\"\n":                "backup.schedule: ",
 		folder + "schedule = \"61 * * * *\"\n":             "backup.schedule: ",

@@ -25,8 +25,11 @@ import (
 	"countersign/internal/backup"
 	"countersign/internal/cause"
 	"countersign/internal/cli"
+	"countersign/internal/escrow"
+	"countersign/internal/form"
 	"countersign/internal/gate"
 	"countersign/internal/keyring"
+	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/resource"
 	"countersign/internal/sandbox"
@@ -50,6 +53,9 @@ type drilling struct {
 	filesOnly  bool     // no appliance is started
 	silent     bool     // the daemon is not told
 
+	withHolders bool // holders bring the recoverable keys back
+	ceremony
+
 	keys   []backup.Identity
 	folder string // the scratch folder, scratchFolder in scratch
 }
@@ -71,7 +77,10 @@ func drill(ctx context.Context, path string, c Config, d drilling, stdout io.Wri
 		return err
 	}
 	began, report := time.Now(), api.Drill{Began: time.Now().Unix(), Proven: []string{}, Unproven: []string{}}
-	failed := d.make(ctx, path, c, &report)
+	failed := d.make(ctx, path, c, &report, stdout)
+	if errors.Is(failed, errNoHolders) { // which says nothing of the backup
+		return failed
+	}
 	if failed != nil && ctx.Err() != nil {
 		failed = errors.New("it was interrupted")
 	}
@@ -82,9 +91,21 @@ func drill(ctx context.Context, path string, c Config, d drilling, stdout io.Wri
 }
 
 // make makes the drill. The scratch folder is empty afterwards.
-func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill) (err error) {
+func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill, stdout io.Writer) (err error) {
 	if d.keys, err = readIdentities(ctx, d.identities); err != nil { // before the sandbox closes them
 		return err
+	}
+	if d.withHolders { // before the sandbox, too
+		if d.filesOnly {
+			return configError{errors.New("--holders: an appliance on scratch tokens is needed, and --files-only starts none")}
+		}
+		if err := d.open(); err != nil {
+			return err
+		}
+		if d.answers, err = filepath.Abs(d.answers); err != nil {
+			return err
+		}
+		lockMemory()
 	}
 	done, err := d.makeScratch()
 	if err != nil {
@@ -95,7 +116,7 @@ func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill)
 		if err := d.rights(path, c).Enter(); err != nil {
 			return err
 		}
-		return d.run(ctx, c, s, r)
+		return d.run(ctx, c, s, r, stdout)
 	}
 	if d.filesOnly {
 		return run(c)
@@ -226,6 +247,9 @@ func (d drilling) rights(path string, c Config) sandbox.Rights {
 	if d.file != "" {
 		r.Read = append(r.Read, absolute(filepath.Dir(d.file))...) // with its lists of writes
 	}
+	if d.withHolders {
+		r.Read = append(r.Read, d.answers)
+	}
 	if os.Geteuid() == 0 {
 		r.Keep = []uint{unix.CAP_DAC_READ_SEARCH, unix.CAP_DAC_OVERRIDE}
 	}
@@ -318,7 +342,7 @@ func (d drilling) newest(folder string) (path string, err error) {
 }
 
 // run does all that is to be proven.
-func (d drilling) run(ctx context.Context, c, s Config, r *api.Drill) error {
+func (d drilling) run(ctx context.Context, c, s Config, r *api.Drill, stdout io.Writer) error {
 	path, err := d.newest(c.Backup.Folder)
 	if err != nil {
 		return err
@@ -364,9 +388,7 @@ func (d drilling) run(ctx context.Context, c, s Config, r *api.Drill) error {
 		return nil
 	}
 	// The scratch appliance logs that its tokens lack all keys. An error says what else is wrong.
-	proven, err := d.start(ctx, b, s, slog.New(slog.DiscardHandler))
-	r.Proven = append(r.Proven, proven...)
-	return err
+	return d.start(ctx, b, s, slog.New(slog.DiscardHandler), r, stdout)
 }
 
 // checkRoom refuses a scratch folder on a disk that the drill could fill: it may be the ledger's.
@@ -388,7 +410,10 @@ func (d drilling) checkRoom(path string) error {
 
 // start starts an appliance with the restored ledger on scratch tokens, and has it do what an
 // appliance is for.
-func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog.Logger) (proven []string, err error) {
+func (d drilling) start(
+	ctx context.Context, b openedBackup, s Config, log *slog.Logger, r *api.Drill, stdout io.Writer,
+) error {
+	proven := func(text string) { r.Proven = append(r.Proven, oneText(text)) }
 	s.Ledger = b.ledger() // where it is: a copy would have to be overwritten, too
 	for i, f := range b.Manifest.Files {
 		if f.Kind == backup.Policy {
@@ -398,40 +423,34 @@ func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog
 	options := initOptions{newToken: true, soPINFile: filepath.Join(d.folder, "so-pin")}
 	for _, name := range slices.Sorted(maps.Keys(s.Tokens)) {
 		if err := makeToken(ctx, s, name, options, log, io.Discard); err != nil {
-			return nil, fmt.Errorf("a scratch token: %w", err)
+			return fmt.Errorf("a scratch token: %w", err)
 		}
 	}
 	who := audit.Operator("drill")
 	after, err := restoreScratch(ctx, s, who, log)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p, err := open(ctx, s, log)
 	if err != nil {
-		return nil, fmt.Errorf("the restored appliance: %w", err)
+		return fmt.Errorf("the restored appliance: %w", err)
 	}
 	defer p.close(log)
-	keys := map[string]string{} // public keys by reference
-	for _, k := range p.app.Keys.All() {
-		keys[k.Ref().String()] = hex.EncodeToString(k.Info().PublicKey)
+	if err := compareKeys(b.Keys, p.app.Keys.All()); err != nil {
+		return err
 	}
-	for _, k := range b.Keys {
-		if keys[k.Ref.String()] != k.PublicKey {
-			return nil, fmt.Errorf("the manifest has key %v with the public key %s, and the restored appliance has %q",
-				k.Ref, k.PublicKey, keys[k.Ref.String()])
-		}
-	}
-	proven = append(proven, fmt.Sprintf("an appliance on scratch tokens has the policy, %s and all public keys of "+
-		"the manifest", cli.Count(len(p.app.Peers.All()), "peer")))
+	sealed := keyring.Recoverable(p.app.Keys.All())
+	proven(fmt.Sprintf("an appliance on scratch tokens has the policy, %s, all public keys of the manifest and the "+
+		"envelopes of %s", cli.Count(len(p.app.Peers.All()), "peer"), cli.Count(len(sealed), "recoverable key")))
 	if p.app.Health().Lock != nil {
 		if err := p.app.Unlock(ctx, who); err != nil {
-			return proven, err
+			return err
 		}
 	}
 	if err := refusesOld(ctx, p.ledger, after); err != nil {
-		return proven, err
+		return err
 	}
-	proven = append(proven, "it refuses a document of before, and admits a later one once")
+	proven("it refuses a document of before, and admits a later one once")
 	name := make([]byte, 5)
 	rand.Read(name)
 	k, err := p.app.Keys.Create(ctx, who, keyring.NewKey{Name: "drill-" + hex.EncodeToString(name), Token: s.LogToken})
@@ -439,9 +458,94 @@ func (d drilling) start(ctx context.Context, b openedBackup, s Config, log *slog
 		err = p.app.Keys.Prove(ctx, k)
 	}
 	if err != nil {
-		return proven, fmt.Errorf("a new key in the restored appliance: %w", err)
+		return fmt.Errorf("a new key in the restored appliance: %w", err)
 	}
-	return append(proven, "it makes a key, which signs"), nil
+	proven("it makes a key, which signs")
+	if !d.withHolders {
+		if len(sealed) > 0 {
+			r.Unproven = append(r.Unproven, "that holders bring the recoverable keys back: countersignd drill --holders")
+		}
+		return nil
+	}
+	return d.returnKeys(ctx, b, sealed, p.tokens, s.LogToken, r, stdout)
+}
+
+// compareKeys compares the keys of a manifest with those of the restored appliance. A key that was
+// destroyed after the backup has no envelope.
+func compareKeys(manifest []backup.Key, restored []*keyring.Key) error {
+	keys := map[keystore.Ref]*keyring.Key{}
+	for _, k := range restored {
+		keys[k.Ref()] = k
+	}
+	for _, m := range manifest {
+		k := keys[m.Ref]
+		if k == nil || hex.EncodeToString(k.Info().PublicKey) != m.PublicKey {
+			return fmt.Errorf("the manifest has key %v with the public key %s, and the restored appliance has not", m.Ref,
+				m.PublicKey)
+		}
+		if m.Envelope == "" || k.State == keyring.Destroyed {
+			continue
+		}
+		if escrow.Digest(k.Envelope) != m.Envelope {
+			return fmt.Errorf("the envelope of key %v is not that of the manifest", m.Ref)
+		}
+	}
+	for _, k := range keyring.Recoverable(restored) {
+		e, err := escrow.ParseEnvelope(k.Envelope)
+		if err == nil && (e.Key != k.Ref() || e.PublicKey != hex.EncodeToString(k.Info().PublicKey)) {
+			err = errors.New("it is that of another key")
+		}
+		if err != nil {
+			return fmt.Errorf("the envelope of key %v: %w", k.Ref(), err)
+		}
+	}
+	return nil
+}
+
+// returnKeys has holders bring the recoverable keys back onto scratch tokens, where each signs once.
+func (d drilling) returnKeys(
+	ctx context.Context, b openedBackup, sealed []*keyring.Key, tokens map[string]keystore.Store, other string,
+	r *api.Drill, stdout io.Writer,
+) error {
+	if len(sealed) == 0 {
+		return errors.New("--holders: the backup has no recoverable key")
+	}
+	var envelopes [][]byte
+	for _, k := range sealed {
+		envelopes = append(envelopes, k.Envelope)
+	}
+	host, _ := os.Hostname()
+	e, err := escrow.Begin(escrow.ForDrill, b.log.Name(), host, envelopes)
+	if err != nil {
+		return err
+	}
+	holders, err := d.hold(ctx, e, stdout)
+	if err != nil {
+		return err
+	}
+	for _, k := range sealed {
+		store := tokens[k.Token]
+		if store == nil { // that of a recovery successor, in a safe
+			store = tokens[other]
+		}
+		able, ok := store.(escrow.Store)
+		if !ok {
+			return fmt.Errorf("key %v: %w: the scratch token takes no seed", k.Ref(), keystore.ErrRefused)
+		}
+		back, err := able.Open(ctx, k.Info().Tag, k.Envelope, e.Shares(k.Envelope))
+		if err == nil {
+			challenge := form.NewCanary()
+			_, err = back.Sign(ctx, challenge, func(sig []byte) bool { return k.Info().Verify(challenge, sig) })
+		}
+		if err != nil {
+			return fmt.Errorf("key %v, by the holders %s: %w", k.Ref(), strings.Join(holders, ", "), err)
+		}
+		r.Keys = append(r.Keys, k.Ref().String())
+	}
+	r.Holders = holders
+	r.Proven = append(r.Proven, oneText(fmt.Sprintf("the holders %s have brought back %s, each of which has signed",
+		strings.Join(holders, ", "), cli.Count(len(sealed), "recoverable key"))))
+	return nil
 }
 
 // restoreScratch marks the scratch ledger as restored, without an approval: nobody can reach it.

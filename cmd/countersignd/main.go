@@ -272,6 +272,31 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		"the name of the appliance, such as countersign/14fc9972b63bcc40, where the folder has backups of several")
 	drillCmd.Flags().BoolVar(&drills.filesOnly, "files-only", false, "start no appliance on scratch tokens")
 	drillCmd.Flags().BoolVar(&drills.silent, "silent", false, "do not tell the daemon")
+	drillCmd.Flags().BoolVar(&drills.withHolders, "holders", false,
+		"have holders bring the recoverable keys back; needs --request and --answers")
+	drills.flags(drillCmd)
+	var returns returning
+	returnCmd := &cobra.Command{
+		Use:     "return-keys",
+		Short:   "Bring recoverable keys back onto a token, with the shares of recovery holders",
+		Example: "  countersignd return-keys --request return.request --answers answers",
+		Long: "For recoverable keys whose token was lost, after the configuration names another token in its\n" +
+			"place, under the same name. Says which keys are missing, writes a request for the holders, and\n" +
+			"waits until enough of them have answered (countersign holder give). Then the keys are made on\n" +
+			"their tokens again, each after an event of its own (KeyReturned). The daemon must be stopped when\n" +
+			"the command begins and when it ends; it may run while the command waits.\n\n" +
+			"Make sure first that the lost token is not in other hands: if it may be, the keys are compromised,\n" +
+			"and must be replaced instead (countersign admin key compromise). Run it as root.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withConfig(configPath, func(c Config) error {
+				return returnKeys(cmd.Context(), configPath, c, returns, stdout, stderr)
+			})
+		},
+	}
+	returns.flags(returnCmd)
+	returnCmd.Flags().StringSliceVar(&returns.only, "key", nil,
+		"a `version`, such as payments/1, to return; can be repeated (default: all that are missing)")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
@@ -311,7 +336,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, approveCmd)
+	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, returnCmd, approveCmd)
 	root.AddCommand(workerCmd, launchCmd, proveCmd)
 	cli.Add(root, func(err error) error { return err })
 	understood := false // the command, its arguments and its flags

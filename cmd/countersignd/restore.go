@@ -30,10 +30,10 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/operators"
+	"countersign/internal/recipient"
 	"countersign/internal/resource"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 )
 
 // opening says how a backup is opened.
@@ -120,7 +120,7 @@ func openBackup(ctx context.Context, o opening) (b openedBackup, err error) {
 // readIdentities reads the private keys of recipients.
 func readIdentities(ctx context.Context, files []string) (keys []backup.Identity, err error) {
 	for _, file := range files {
-		more, err := backup.ReadIdentities(file, passphraseOf(ctx, file))
+		more, err := recipient.ReadIdentities(file, cli.Passphrase(ctx, file))
 		if err != nil {
 			return nil, fmt.Errorf("--identity: %w", err)
 		}
@@ -184,30 +184,6 @@ func (u untilEnd) Read(b []byte) (int, error) {
 		return 0, err
 	}
 	return u.File.Read(b)
-}
-
-func passphraseOf(ctx context.Context, file string) func() ([]byte, error) {
-	return func() ([]byte, error) {
-		stdin := int(os.Stdin.Fd())
-		state, err := term.GetState(stdin)
-		if err != nil {
-			return nil, errors.New("it has a passphrase, which is asked for at a terminal only")
-		}
-		fmt.Fprintf(os.Stderr, "Passphrase of %s: ", file)
-		defer fmt.Fprintln(os.Stderr)
-		read := make(chan []byte, 1)
-		go func() {
-			b, _ := term.ReadPassword(stdin)
-			read <- b
-		}()
-		select {
-		case b := <-read:
-			return b, nil
-		case <-ctx.Done():
-			term.Restore(stdin, state)
-			return nil, ctx.Err()
-		}
-	}
 }
 
 // ledger is the path of the extracted ledger.
@@ -593,6 +569,7 @@ type facts struct {
 	safe     []backup.Key          // recovery successors whose token the configuration does not have
 	goesOn   map[string]bool       // the names of keys that have a recovery successor still
 	spare    map[keystore.Ref]bool // of the missing ones, those of a recovery successor
+	sealed   map[keystore.Ref]bool // those that holders can bring back
 }
 
 // restore continues with the configuration and the launcher of key workers.
@@ -642,6 +619,7 @@ func (r restoring) look(
 ) (f facts, err error) {
 	f.replaces, f.lost = "none", "unknown: all since "+b.reaches.UTC().Format(time.RFC3339)
 	f.hold, f.goesOn, f.spare = func() error { return nil }, map[string]bool{}, map[keystore.Ref]bool{}
+	f.sealed = map[keystore.Ref]bool{}
 	recovery := map[string]int{} // a recovery successor is two versions
 	defer func() {
 		if err != nil {
@@ -682,6 +660,7 @@ func (r restoring) look(
 		if k.State == "destroyed" {
 			continue
 		}
+		f.sealed[k.Ref] = k.Envelope != ""
 		store := tokens[k.Token]
 		spare := k.Recovery && k.State == string(keyring.Pending)
 		switch {
@@ -721,7 +700,9 @@ func (f facts) print(w io.Writer) {
 	for _, k := range f.missing {
 		what := "it signs nothing any more, and its line " +
 			either(f.goesOn[k.Name], "can go on (countersign admin key recover)", "ends")
-		if f.spare[k] {
+		if f.sealed[k] {
+			what = "recovery holders can bring it back (countersignd return-keys)"
+		} else if f.spare[k] {
 			what = "its line can't be recovered with it: make another one (countersign admin key safeguard)"
 		}
 		fmt.Fprintf(w, "%-12s %v is NOT on its token: %s\n", "key", k, what)

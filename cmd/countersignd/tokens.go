@@ -183,6 +183,7 @@ type guarded interface {
 	keystore.BatchSigner
 	keystore.Counter
 	keystore.Recorder
+	keystore.SeedImporter
 	TryJournal() error
 	JournalSize() (uint64, error)
 }

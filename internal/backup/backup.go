@@ -29,6 +29,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/keystore"
+	"countersign/internal/recipient"
 
 	"filippo.io/age"
 )
@@ -52,12 +53,16 @@ const (
 var (
 	// ErrRecipient: none of the identities is of a recipient.
 	ErrRecipient = errors.New("the backup is encrypted to other recipients than the identities given")
-	// ErrIdentity: an identity can't be used: a wrong passphrase, for instance.
-	ErrIdentity = errors.New("the identity can't be used")
 	// ErrDamaged: the file is not what an appliance has written.
 	ErrDamaged = errors.New("the backup is damaged, or is none")
 	// ErrNewer: a newer program has written the file.
 	ErrNewer = errors.New("the backup is of a newer version of countersign")
+)
+
+// Recipient is a public key that a backup is encrypted to, Identity the private key.
+type (
+	Recipient = recipient.Recipient
+	Identity  = recipient.Identity
 )
 
 // The kinds of files.
@@ -97,6 +102,8 @@ type Key struct {
 	PublicKey string             `json:"public_key"` // hexadecimal
 	// Recovery marks a recovery successor, whose token may lie in a safe.
 	Recovery bool `json:"recovery,omitempty"`
+	// Envelope is SHA-256 of the sealed seed of a recoverable key, which is in the ledger; hexadecimal.
+	Envelope string `json:"envelope,omitempty"`
 }
 
 // Manifest says what a backup has. The ledger's file is of the same moment as Epoch, First and
@@ -306,7 +313,7 @@ func decrypt(r io.Reader, identities []Identity) (io.Reader, error) {
 	opened, err := age.Decrypt(r, identities...)
 	if no := new(age.NoIdentityMatchError); errors.As(err, &no) {
 		return nil, ErrRecipient
-	} else if errors.Is(err, ErrIdentity) {
+	} else if errors.Is(err, recipient.ErrIdentity) {
 		return nil, err
 	} else if err != nil { // the text of age has a part of the file, which may be a PIN
 		return nil, fmt.Errorf("%w: it is no file of age, or its header was changed", ErrDamaged)

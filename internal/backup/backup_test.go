@@ -19,6 +19,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/backup"
+	"countersign/internal/recipient"
 
 	"filippo.io/age"
 	"golang.org/x/crypto/ssh"
@@ -162,13 +163,13 @@ func TestRecipients(t *testing.T) {
 		}
 		texts = append(texts, string(ssh.MarshalAuthorizedKey(key)))
 	}
-	to, err := backup.ParseRecipients(texts)
+	to, err := recipient.ParseAll(texts)
 	if err != nil {
 		t.Fatal(err)
 	}
 	b := made(t, l, to...)
 	for name, file := range files {
-		ids, err := backup.ReadIdentities(file, func() ([]byte, error) { return []byte("open"), nil })
+		ids, err := recipient.ReadIdentities(file, func() ([]byte, error) { return []byte("open"), nil })
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -191,11 +192,11 @@ func TestRecipients(t *testing.T) {
 	if _, err := extract(t, b, identity(t)); !errors.Is(err, backup.ErrRecipient) {
 		t.Errorf("another identity: %v", err)
 	}
-	wrong, err := backup.ReadIdentities(files["passphrase"], func() ([]byte, error) { return []byte("shut"), nil })
+	wrong, err := recipient.ReadIdentities(files["passphrase"], func() ([]byte, error) { return []byte("shut"), nil })
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := extract(t, b, wrong...); !errors.Is(err, backup.ErrIdentity) || strings.Contains(err.Error(), "shut") {
+	if _, err := extract(t, b, wrong...); !errors.Is(err, recipient.ErrIdentity) || strings.Contains(err.Error(), "shut") {
 		t.Errorf("a wrong passphrase: %v", err)
 	}
 }
@@ -204,20 +205,20 @@ func TestRecipients(t *testing.T) {
 func TestRecipientTexts(t *testing.T) {
 	id := identity(t)
 	for _, text := range []string{"", "age1x", "ssh-ed25519 AAAA", "ssh-dss AAAA", id.String(), "-----BEGIN X-----"} {
-		if _, err := backup.ParseRecipient(text); err == nil {
+		if _, err := recipient.Parse(text); err == nil {
 			t.Errorf("%.30q is a recipient", text)
 		} else if strings.Contains(strings.ToUpper(err.Error()), "SECRET") {
 			t.Errorf("the error shows a secret: %v", err)
 		}
 	}
-	if _, err := backup.ParseRecipients(nil); err == nil {
+	if _, err := recipient.ParseAll(nil); err == nil {
 		t.Error("no recipient is enough")
 	}
 	path := filepath.Join(t.TempDir(), "id")
 	if err := os.WriteFile(path, []byte(id.String()+"x\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := backup.ReadIdentities(path, nil); err == nil || strings.Contains(err.Error(), "SECRET") {
+	if _, err := recipient.ReadIdentities(path, nil); err == nil || strings.Contains(err.Error(), "SECRET") {
 		t.Errorf("a damaged identity: %v", err)
 	}
 }

@@ -141,6 +141,8 @@ var (
 		"see the text: the folder must take files, and countersign admin backup create must succeed")
 	Unproven = define("backup-unproven", "no backup has been proven by a drill lately, or the last drill has failed",
 		"see the text, and countersign admin backup drill; then: countersignd drill")
+	HoldersUnproven = define("holders-unproven", "no drill with holders has shown lately that the recoverable keys come back",
+		"see the text; then: countersignd drill --holders")
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",
 		"see the text, and the token of the counter: countersign admin token list")

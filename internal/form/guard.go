@@ -7,6 +7,7 @@ import (
 
 	"countersign/internal/journal"
 	"countersign/internal/keystore"
+	"countersign/internal/secret"
 )
 
 // Guard returns a store whose keys sign what Recognise recognises, and nothing else. The input of
@@ -82,6 +83,17 @@ func (g *guarded) Import(
 	ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag,
 ) (keystore.Key, error) {
 	return g.wrap(g.Store.Import(ctx, ref, path, tag))
+}
+
+// ImportSeed imports a seed in memory, if the store can.
+func (g *guarded) ImportSeed(
+	ctx context.Context, ref keystore.Ref, seed secret.Bytes, tag keystore.Tag,
+) (keystore.Key, error) {
+	store, ok := g.Store.(keystore.SeedImporter)
+	if !ok {
+		return nil, fmt.Errorf("%v: %w: this device takes no seed", ref, keystore.ErrRefused)
+	}
+	return g.wrap(store.ImportSeed(ctx, ref, seed, tag))
 }
 
 func (k *key) Sign(ctx context.Context, input []byte, judge keystore.Judge) ([]byte, error) {

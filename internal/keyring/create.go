@@ -10,6 +10,7 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/eddsa"
+	"countersign/internal/escrow"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/manage"
@@ -73,6 +74,8 @@ type NewKey struct {
 	Algorithm keystore.Algorithm // default: Ed25519
 	Token     string             // name of the token; default: Config.SigningToken, or the only token
 	Seed      string             // path of the file with the seed to import; the key worker reads the file
+	// Recoverable has the seed sealed for the recovery holders: of this version and all after it.
+	Recoverable bool
 }
 
 // Create makes or imports version 1 of a signing key, and makes version 2. When ctx ends first, the
@@ -91,6 +94,11 @@ func (r *Ring) Create(ctx context.Context, who audit.Actor, n NewKey) (*Key, err
 	case n.Seed != "" && (n.Algorithm != keystore.Ed25519 || !filepath.IsAbs(n.Seed)):
 		return nil, fmt.Errorf("key %q: %w: what can be imported is an ed25519 seed, "+
 			"in a file that is named by an absolute path", name, manage.ErrInvalid)
+	}
+	if n.Recoverable {
+		if err := r.mayMakeRecoverable(n); err != nil {
+			return nil, fmt.Errorf("key %q: %w", name, err)
+		}
 	}
 	if err := r.Gate.Err(); err != nil {
 		return nil, fmt.Errorf("key %q: %w", name, err)
@@ -167,7 +175,7 @@ func (r *Ring) makePair(
 	if first, err = r.make(ctx, who, ref, n); err != nil {
 		return first, next, err
 	}
-	next, err = r.makeNext(ctx, who, ref, n.Token)
+	next, err = r.makeNext(ctx, who, ref, n.Token, n.Recoverable)
 	if err == nil && next.digest() == first.digest() { // neither is in the ledger's memory yet
 		err = errors.Join(fmt.Errorf("key %v: %w: it has the public key of %v: the token's generator repeats itself",
 			next.info.Ref, keystore.ErrWrong, ref), r.clearAway(ctx, next.info.Ref, next.record, "failed"))
@@ -181,21 +189,29 @@ func (r *Ring) makePair(
 // newVersion is a version that the device has made and proven. No transaction has brought the
 // version into use yet.
 type newVersion struct {
-	info   keystore.Info
-	record record // in the state making
+	info     keystore.Info
+	record   record // in the state making
+	envelope []byte // of a recoverable version
 }
 
 // as is the edit that brings the version into use in a state.
 func (n newVersion) as(s State) edit {
 	return edit{n.info.Ref, func(rec *record) {
 		rec.made(n.info)
+		rec.Envelope = n.envelope
 		if rec.State = s; s == Active {
 			rec.Activates = time.Now().Unix()
 		}
 	}}
 }
 
-func (n newVersion) facts() audit.KeyFacts { return factsOf(n.info, n.record.Token) }
+func (n newVersion) facts() audit.KeyFacts {
+	facts := factsOf(n.info, n.record.Token)
+	if n.envelope != nil {
+		facts.Envelope = escrow.Digest(n.envelope)
+	}
+	return facts
+}
 
 func factsOf(info keystore.Info, token string) audit.KeyFacts {
 	return audit.KeyFacts{
@@ -211,9 +227,12 @@ func (n newVersion) commitment(who audit.Actor) audit.Event {
 }
 
 // makeNext makes the successor of a version of a signing key.
-func (r *Ring) makeNext(ctx context.Context, who audit.Actor, of keystore.Ref, token string) (newVersion, error) {
+func (r *Ring) makeNext(
+	ctx context.Context, who audit.Actor, of keystore.Ref, token string, recoverable bool,
+) (newVersion, error) {
 	ref := keystore.Ref{Name: of.Name, Version: of.Version + 1}
-	return r.make(ctx, who, ref, NewKey{Name: of.Name, Algorithm: keystore.Ed25519, Token: token})
+	n := NewKey{Name: of.Name, Algorithm: keystore.Ed25519, Token: token, Recoverable: recoverable}
+	return r.make(ctx, who, ref, n)
 }
 
 // make makes a version on its token. The ledger has the version in the state making then.
@@ -247,9 +266,13 @@ func (r *Ring) make(ctx context.Context, who audit.Actor, ref keystore.Ref, n Ne
 		return newVersion{}, err
 	}
 	var made keystore.Key
-	if n.Seed == "" {
+	var envelope []byte
+	switch {
+	case n.Recoverable:
+		made, envelope, err = r.seal(ctx, store, ref, rec.Tag)
+	case n.Seed == "":
 		made, err = store.Generate(ctx, ref, n.Algorithm, rec.Tag)
-	} else {
+	default:
 		made, err = store.Import(ctx, ref, n.Seed, rec.Tag)
 	}
 	if err == nil {
@@ -258,7 +281,7 @@ func (r *Ring) make(ctx context.Context, who audit.Actor, ref keystore.Ref, n Ne
 	if err != nil {
 		return newVersion{}, errors.Join(fmt.Errorf("key %q: %w", ref.Name, err), r.clearAway(ctx, ref, rec, "failed"))
 	}
-	return newVersion{made.Info(), rec}, nil
+	return newVersion{made.Info(), rec, envelope}, nil
 }
 
 // checkNew refuses a public key that is none by the strict rules of its algorithm, and one that the

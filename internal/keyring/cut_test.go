@@ -48,6 +48,29 @@ var cuttable = map[string]cut{
 		may:  []string{"", "active pending"},
 		ends: []string{"", "active pending"},
 	},
+	"create a recoverable key": {
+		key:   "other",
+		ready: func(t *testing.T, r *rig) { r.setHolders(t, 2, "ann", "bob", "cy") },
+		act: func(t *testing.T, r *rig) error {
+			_, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{Name: "other", Recoverable: true})
+			return err
+		},
+		may:  []string{"", "active pending"},
+		ends: []string{"", "active pending"},
+	},
+	"rotate a recoverable key": {
+		key: "vault",
+		ready: func(t *testing.T, r *rig) {
+			r.setHolders(t, 2, "ann", "bob", "cy")
+			r.createRecoverable(t, "vault")
+		},
+		act: func(t *testing.T, r *rig) error {
+			_, err := r.Keys.Rotate(t.Context(), operator, "vault", time.Now())
+			return err
+		},
+		may:  []string{"active pending", "active pending pending", "verify-only active pending"},
+		ends: []string{"active pending", "verify-only active pending"},
+	},
 	"rotate": {
 		key: "payments",
 		act: func(t *testing.T, r *rig) error {

@@ -52,7 +52,8 @@ type Key struct {
 	By         *audit.Actor
 	CalledOff  time.Time
 	UsesBefore uint64
-	Recovery   bool // of the record
+	Recovery   bool   // of the record
+	Envelope   []byte // of the record
 
 	Compromised   bool // set for ever by a compromise; the state may be destroyed by now
 	Succession    *wire.Succession

@@ -19,6 +19,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/cause"
 	"countersign/internal/eddsa"
+	"countersign/internal/escrow"
 	"countersign/internal/gate"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
@@ -105,6 +106,7 @@ type Ring struct {
 	retries     map[string]retry          // failed rotations, by name
 	failed      uint64                    // attempts at rotations that have failed
 	requests    map[string]Request        // rotations that are not announced yet, by name
+	holders     escrow.Set                // the present recovery holders
 	lost        map[keystore.Ref]error    // faults of versions that are missing on their token, or different
 	uncompared  map[part]error            // keys not compared with their tokens yet, see compare.go
 	announced   *announced                // cache; nil: empty
@@ -168,7 +170,7 @@ func (r *Ring) takeKey(name string, value []byte) error {
 	k := &Key{
 		Name: ref.Name, Version: ref.Version, Token: rec.Token, State: rec.State, Created: time.Unix(rec.Created, 0),
 		Compromised: rec.Compromised, Succession: rec.Succession, Authorization: rec.Authorization,
-		Change: rec.Change, By: rec.By, UsesBefore: rec.UsesBefore, Recovery: rec.Recovery,
+		Change: rec.Change, By: rec.By, UsesBefore: rec.UsesBefore, Recovery: rec.Recovery, Envelope: rec.Envelope,
 		device: gone{info}, turns: r.turns[rec.Token], usage: new(usage),
 	}
 	if store := r.Tokens[rec.Token]; store != nil {

@@ -42,6 +42,8 @@ type record struct {
 	UsesBefore uint64 `json:"uses_before,omitempty"`
 	// Recovery marks a recovery successor, and the version after it, until the line is recovered.
 	Recovery bool `json:"recovery,omitempty"`
+	// Envelope has the sealed seed of a recoverable version, until the version is destroyed.
+	Envelope []byte `json:"envelope,omitempty"`
 	// Succession is the step from the version before to this version. Authorization lets a Noise
 	// key speak for the identity.
 	Succession    *wire.Succession    `json:"succession,omitempty"`

@@ -126,7 +126,9 @@ func (r *Ring) makeRecovery(ctx context.Context, who audit.Actor, name, token st
 	}
 	number := (last/recoveryBlock + 1) * recoveryBlock
 	ref := keystore.Ref{Name: name, Version: number}
-	first, next, err := r.makePair(ctx, who, ref, NewKey{Name: name, Algorithm: keystore.Ed25519, Token: token})
+	first, next, err := r.makePair(ctx, who, ref, NewKey{
+		Name: name, Algorithm: keystore.Ed25519, Token: token, Recoverable: active.Info().Custody.Recoverable(),
+	})
 	if err != nil {
 		return err
 	}

@@ -60,6 +60,9 @@ func (q Request) encode() []byte {
 
 // takeMeta updates memory from a record of the table Meta. mu is held.
 func (r *Ring) takeMeta(name string, value []byte) error {
+	if name == holdersKey {
+		return r.takeHolders(value)
+	}
 	key, is := strings.CutPrefix(name, requestKeys)
 	if !is {
 		return r.takeUses(name, value)

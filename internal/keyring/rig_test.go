@@ -32,6 +32,8 @@ import (
 	"countersign/policy"
 	"countersign/transcript"
 	"countersign/wire"
+
+	"filippo.io/age"
 )
 
 func TestMain(m *testing.M) {
@@ -62,6 +64,8 @@ type rig struct {
 	cafe    appliance.Caller
 	public  []byte         // of payments/1
 	lost    []keystore.Ref // versions that the test has removed from their token
+
+	identities []age.Identity // of all recovery holders
 }
 
 // newRig makes a rig; the functions of change see the rig before its ledger is made.
@@ -124,7 +128,7 @@ func (r *rig) tryOpen(t *testing.T) error {
 	}
 	log, day := slog.New(slog.DiscardHandler), 24*time.Hour
 	monitor := resource.NewMonitor(log, r.limits.RequestTimeout)
-	stores := map[string]keystore.Store{"memory": form.Guard(r.store, nil)}
+	stores := map[string]keystore.Store{"memory": keystoretest.Sealing{Store: form.Guard(r.store, nil), Memory: r.store}}
 	maps.Copy(stores, r.more)
 	a, err := appliance.New(t.Context(), appliance.Config{
 		Limits: r.limits, Monitor: monitor,
@@ -345,13 +349,14 @@ func (r *rig) wantStates(t *testing.T, name, want string) {
 	}
 }
 
-// checkKey holds a key against the invariant at the top of rotate.go.
+// checkKey holds a key against the invariants at the top of rotate.go and of holders.go.
 func (r *rig) checkKey(t *testing.T, name string) {
 	t.Helper()
 	versions, err := r.Keys.Versions(name)
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.checkEnvelopes(t, versions)
 	committed := map[string]string{} // the digest, by version, as the log has it
 	for _, e := range r.log(t, 0) {
 		if e.Type == audit.KeyCommitted && e.Metadata["next"] != "" && strings.HasPrefix(e.Resource, name+"/") {

@@ -194,7 +194,7 @@ func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.
 	digest, made := r.Next(next) // made by an announcement before: peers may have the digest
 	clear := func() error { return nil }
 	if !made {
-		after, err := r.makeNext(ctx, who, ref, next.Token)
+		after, err := r.makeNext(ctx, who, ref, next.Token, next.Info().Custody.Recoverable())
 		if err != nil {
 			return nil, err
 		}
@@ -364,6 +364,8 @@ func (r *Ring) setState(ctx context.Context, who audit.Actor, k *Key, to State, 
 	change := edit{k.Ref(), func(rec *record) {
 		if rec.State = to; to == Archived {
 			rec.Retires = min(rec.Retires, now) // peers and operators are told of no later end
+		} else if to == Destroyed {
+			rec.Envelope = nil
 		}
 	}}
 	return r.change(ctx, who, []edit{change}, stateChanged(who, k, to, reason))

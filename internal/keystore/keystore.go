@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"countersign/internal/secret"
 )
 
 // Algorithm names a key's algorithm and, by it, the operation of the key: Sign or Exchange.
@@ -42,7 +44,20 @@ const (
 	// and only in the machine state of the key's policy (PCR values). In use the key is in the
 	// protected memory of a key worker.
 	TPMSealed Custody = "tpm-sealed"
+	// HSMRecoverable and TPMRecoverable keys were made by a key worker, whose last act was to seal the
+	// seed for M of N recovery holders (package escrow). In the token and in use such a key is as an
+	// HSMResident or TPMSealed one.
+	HSMRecoverable Custody = "hsm-recoverable"
+	TPMRecoverable Custody = "tpm-recoverable"
 )
+
+// Recoverable reports that holders have a sealed copy of the key.
+func (c Custody) Recoverable() bool { return c == HSMRecoverable || c == TPMRecoverable }
+
+// WithCopy returns the custody of a key of which holders have a sealed copy.
+func (c Custody) WithCopy() Custody {
+	return map[Custody]Custody{HSMResident: HSMRecoverable, TPMSealed: TPMRecoverable}[c]
+}
 
 // Errors of a Store or Key wrap one of these sentinels. An error without a sentinel means an
 // impossible request of the caller, for example an unknown algorithm.
@@ -214,6 +229,13 @@ type Store interface {
 	// Retry permits logins again after ErrAuth. An operator calls Retry after correcting the PIN.
 	Retry()
 	Close() error
+}
+
+// SeedImporter is a Store in the process with the device. A key worker makes seeds, see package
+// escrow.
+type SeedImporter interface {
+	// ImportSeed is Store.Import with a seed in memory, which belongs to the caller.
+	ImportSeed(ctx context.Context, ref Ref, seed secret.Bytes, tag Tag) (Key, error)
 }
 
 // CompareEach is Store.Compare for a device that finds each key by itself. CompareEach begins no

@@ -234,6 +234,8 @@ var (
 		"Age of the oldest write that a restore would not have. Absent where no lists of writes are shipped.")
 	BackupProven = define(Gauge, "backup_proven_age_seconds",
 		"Time since the last drill that has proven a backup. Absent where none has.")
+	HoldersProven = define(Gauge, "holders_proven_age_seconds",
+		"Time since the last drill with holders that has brought all recoverable keys back. Absent where none has.")
 	HistoryFailing = define(Gauge, "history_failing", "1 while the history can't be written. Absent without a history.")
 	Spans          = define(Counter, "trace_spans_total",
 		"Spans of traces that the collector has taken, or that were dropped.", label("result", "sent", "dropped"))

@@ -15,9 +15,11 @@ import (
 	"slices"
 	"sync"
 
+	"countersign/internal/escrow"
 	"countersign/internal/keystore"
 	"countersign/internal/pubkey"
 	"countersign/internal/scantest"
+	"countersign/internal/secret"
 )
 
 // Memory is an in-memory Store for tests only. Memory obeys the contract, and its hooks inject
@@ -118,10 +120,71 @@ func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag ke
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
+	return m.importSeed(ref, seed, tag, "memory")
+}
+
+// Seal and Open make m an escrow.Store.
+func (m *Memory) Seal(
+	_ context.Context, ref keystore.Ref, tag keystore.Tag, to escrow.Set,
+) (k keystore.Key, envelope []byte, err error) {
+	if m.BeforeGenerate != nil {
+		if err := m.BeforeGenerate(ref); err != nil {
+			return nil, nil, err
+		}
+	}
+	seed := make([]byte, ed25519.SeedSize)
+	rand.Read(seed)
+	if envelope, err = escrow.Seal(ref, secret.New(seed), to); err == nil {
+		k, err = m.importSeed(ref, secret.New(seed), tag, keystore.HSMRecoverable)
+	}
+	return k, envelope, err
+}
+
+func (m *Memory) Open(
+	_ context.Context, tag keystore.Tag, envelope []byte, shares []string,
+) (keystore.Key, error) {
+	e, err := escrow.ParseEnvelope(envelope)
+	if err != nil {
+		return nil, err
+	}
+	seed, err := escrow.Open(envelope, shares)
+	if err != nil {
+		return nil, err
+	}
+	return m.importSeed(e.Key, seed, tag, keystore.HSMRecoverable)
+}
+
+// Sealing is a guarded Memory that makes recoverable keys, as a pool of key workers does.
+type Sealing struct {
+	keystore.Store
+	Memory *Memory
+}
+
+// Seal makes a recoverable key.
+func (s Sealing) Seal(
+	ctx context.Context, ref keystore.Ref, tag keystore.Tag, to escrow.Set,
+) (keystore.Key, []byte, error) {
+	k, envelope, err := s.Memory.Seal(ctx, ref, tag, to)
+	if err != nil {
+		return nil, nil, err
+	}
+	return s.Bind(k.Info()), envelope, nil
+}
+
+// Open makes the key of an envelope again.
+func (s Sealing) Open(
+	ctx context.Context, tag keystore.Tag, envelope []byte, shares []string,
+) (keystore.Key, error) {
+	return s.Memory.Open(ctx, tag, envelope, shares)
+}
+
+func (m *Memory) importSeed(
+	ref keystore.Ref, seed secret.Bytes, tag keystore.Tag, custody keystore.Custody,
+) (keystore.Key, error) {
 	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed.Expose())}
 	k.tell()
 	public := k.sign.Public().(ed25519.PublicKey)
-	k.info = keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, PublicKey: public, Custody: "memory", Tag: tag}
+	k.info = keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, PublicKey: public, Custody: custody, Tag: tag}
 	return m.add(k)
 }
 

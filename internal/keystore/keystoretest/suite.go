@@ -3,6 +3,7 @@
 package keystoretest
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdh"
 	"crypto/ed25519"
@@ -12,6 +13,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,7 +22,10 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/escrow"
 	"countersign/internal/keystore"
+
+	"filippo.io/age"
 )
 
 // LowOrderPoints lists the encodings with a shared secret of zero, with the top bit clear and set.
@@ -243,6 +248,84 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		}
 		if _, err := s.Key(t.Context(), bad); !errors.Is(err, keystore.ErrNotFound) {
 			t.Errorf("a refused import has left something behind: %v", err)
+		}
+	})
+
+	t.Run("Recoverable", func(t *testing.T) {
+		s, can := store(t).(escrow.Store)
+		if !can { // a device, which key workers use
+			return
+		}
+		ref, tag, to := keystore.Ref{Name: "kept", Version: 1}, keystore.Tag{7}, escrow.Set{Number: 1, Needed: 2}
+		var ids []age.Identity
+		for _, name := range []string{"ann", "bob"} {
+			id, err := age.GenerateX25519Identity()
+			if err != nil {
+				t.Fatal(err)
+			}
+			ids, to.Holders = append(ids, id), append(to.Holders, escrow.Holder{
+				Name: name, Recipient: id.Recipient().String(),
+			})
+		}
+		k, envelope, err := s.Seal(t.Context(), ref, tag, to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i := k.Info(); !i.Custody.Recoverable() && i.Custody != "memory" || i.Provenance.String() != "imported" ||
+			i.Ref != ref || i.Tag != tag {
+			t.Errorf("%+v", i)
+		}
+		if sig, err := k.Sign(t.Context(), hello, nil); err != nil || !k.Info().Verify(hello, sig) {
+			t.Errorf("sign: %v", err)
+		}
+		if _, _, err := s.Seal(t.Context(), ref, keystore.Tag{8}, to); !errors.Is(err, keystore.ErrExists) {
+			t.Errorf("over an existing key: %v", err)
+		}
+		one := to
+		one.Needed = 1
+		other := keystore.Ref{Name: "other", Version: 1}
+		if _, _, err := s.Seal(t.Context(), other, keystore.Tag{8}, one); err == nil {
+			t.Error("a key of which one holder has a copy")
+		}
+		if _, err := s.Key(t.Context(), other); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("it was made: %v", err)
+		}
+		var shares []string
+		e, err := escrow.ParseEnvelope(envelope)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, sealed := range e.Shares {
+			r, err := age.Decrypt(bytes.NewReader(sealed.Sealed), ids[i])
+			if err != nil {
+				t.Fatal(err)
+			}
+			line, err := io.ReadAll(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			shares = append(shares, string(line))
+		}
+		if err := s.Destroy(t.Context(), ref, tag); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Open(t.Context(), tag, envelope, shares[:1]); err == nil {
+			t.Error("one share opens the envelope")
+		}
+		if _, err := s.Key(t.Context(), ref); !errors.Is(err, keystore.ErrNotFound) {
+			t.Errorf("one share makes the key: %v", err)
+		}
+		again, err := s.Open(t.Context(), tag, envelope, shares)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range []keystore.Key{again, s.Bind(k.Info())} {
+			if sig, err := k.Sign(t.Context(), hello, nil); err != nil || !k.Info().Verify(hello, sig) {
+				t.Errorf("sign with the key that is back: %v", err)
+			}
+		}
+		if !bytes.Equal(again.Info().PublicKey, k.Info().PublicKey) || again.Info().Custody != k.Info().Custody {
+			t.Errorf("%+v is back as %+v", k.Info(), again.Info())
 		}
 	})
 

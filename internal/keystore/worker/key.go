@@ -2,10 +2,12 @@ package worker
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 
+	"countersign/internal/escrow"
 	"countersign/internal/keystore"
 	"countersign/internal/pubkey"
 )
@@ -191,41 +193,88 @@ func (p *Pool) Generate(
 func (p *Pool) Import(
 	ctx context.Context, ref keystore.Ref, path string, tag keystore.Tag,
 ) (keystore.Key, error) {
+	var info keystore.Info
+	c := call{Op: opImport, Ref: ref, Path: path, Tag: tag}
+	if err := p.inExtraWorker(ctx, path, c, decodeInfo(ref, &info)); err != nil {
+		return nil, err
+	}
+	return p.Bind(info), nil
+}
+
+// Seal makes a key of which holders have a sealed copy. As Import, Seal runs in an extra worker.
+func (p *Pool) Seal(
+	ctx context.Context, ref keystore.Ref, tag keystore.Tag, to escrow.Set,
+) (keystore.Key, []byte, error) {
+	if err := to.Check(); err != nil {
+		return nil, nil, fmt.Errorf("%v: %w: %w", ref, keystore.ErrRefused, err)
+	}
+	var made sealed
+	err := p.inExtraWorker(ctx, "", call{Op: opSeal, Ref: ref, Tag: tag, Holders: to}, func(answer []byte) error {
+		err := decodeInto(&made)(answer)
+		if err != nil || made.Info.Ref != ref {
+			return keystore.ErrWrong
+		}
+		e, err := escrow.ParseEnvelope(made.Envelope)
+		if err != nil || e.Key != ref || e.PublicKey != hex.EncodeToString(made.Info.PublicKey) {
+			return keystore.ErrWrong
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return p.Bind(made.Info), made.Envelope, nil
+}
+
+// Open makes the key of an envelope again. As Import, Open runs in an extra worker.
+func (p *Pool) Open(
+	ctx context.Context, tag keystore.Tag, envelope []byte, shares []string,
+) (keystore.Key, error) {
+	e, err := escrow.ParseEnvelope(envelope)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
+	}
+	var info keystore.Info
+	c := call{Op: opOpen, Tag: tag, Envelope: envelope, Shares: shares}
+	if err := p.inExtraWorker(ctx, "", c, decodeInfo(e.Key, &info)); err != nil {
+		return nil, err
+	}
+	return p.Bind(info), nil
+}
+
+// inExtraWorker has a worker of its own carry out a call. The worker may read a seed file, or "",
+// and ends with the call.
+func (p *Pool) inExtraWorker(ctx context.Context, seedFile string, c call, check func(answer []byte) error) error {
 	if ctx.Err() != nil {
-		return nil, fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
+		return fmt.Errorf("%w: %w", keystore.ErrUnavailable, ctx.Err())
 	}
 	p.mu.Lock()
 	if p.isClosed() {
 		p.mu.Unlock()
-		return nil, errClosed
+		return errClosed
 	}
 	p.goroutines.Add(1) // under mu, so Close waits for every import that has begun
 	p.mu.Unlock()
 	defer p.goroutines.Done()
-	proc, err := p.startWorker(ctx, len(p.slots), path)
+	proc, err := p.startWorker(ctx, len(p.slots), seedFile)
 	if err != nil {
 		if proc != nil {
 			// The worker may be logging in, so the shutdown takes time. The caller need not wait.
 			p.goroutines.Go(func() { proc.shutdown(closeTimeout) })
 		}
-		return nil, err
+		return err
 	}
 	ctx, cancel := p.withTimeout(ctx, slowFactor*p.config.Deadline)
 	defer cancel()
-	var info keystore.Info
-	c := call{Op: opImport, Ref: ref, Path: path, Tag: tag}
 	answer, err := proc.request(ctx, slowFactor*p.config.Deadline, ignoreDone, c)
 	if err == nil {
-		err = decodeInfo(ref, &info)(answer)
+		err = check(answer)
 	}
 	// After an error the caller removes the remains of the key. The process must be gone by then,
 	// or the process could still make the key.
 	proc.fail(errors.New("the import has ended"))
 	proc.waitReaped(closeTimeout)
-	if err != nil {
-		return nil, err
-	}
-	return p.Bind(info), nil
+	return err
 }
 
 // Destroy has every worker destroy the key, since each worker may hold a copy of the key.

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"countersign/internal/escrow"
 	"countersign/internal/keystore"
 )
 
@@ -25,12 +26,22 @@ type call struct {
 	Prove     bool               `json:"prove,omitempty"`
 	Owner     keystore.Owner     `json:"owner,omitzero"` // of a counter
 	Infos     []keystore.Info    `json:"infos,omitempty"`
+	Holders   escrow.Set         `json:"holders,omitzero"`
+	Envelope  []byte             `json:"envelope,omitempty"`
+	Shares    []string           `json:"shares,omitempty"` // only from a process for recoveries
+}
+
+// sealed is the answer of opSeal.
+type sealed struct {
+	Info     keystore.Info `json:"info"`
+	Envelope []byte        `json:"envelope"`
 }
 
 const (
 	opKey, opKeys, opCompare       = "key", "keys", "compare"
 	opGenerate                     = "generate"
 	opImport, opDestroy, opInspect = "import", "destroy", "inspect"
+	opSeal, opOpen                 = "seal", "open"
 	opTry                          = "try the journal"
 	opRecords                      = "records"
 	opDefine, opRead, opIncrement  = "define counter", "read counter", "rise counter"
@@ -256,6 +267,10 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		key, err = w.store.Generate(ctx, c.Ref, c.Algorithm, c.Tag)
 	case opImport:
 		key, err = w.store.Import(ctx, c.Ref, c.Path, c.Tag)
+	case opSeal:
+		answer, err = w.seal(ctx, c)
+	case opOpen:
+		key, err = w.open(ctx, c)
 	case opDestroy:
 		err = w.store.Destroy(ctx, c.Ref, c.Tag)
 	case opInspect:

@@ -1,4 +1,7 @@
-package backup
+// Package recipient reads the public keys that a file is encrypted to with age
+// (https://age-encryption.org/v1), and the private keys that open the file: those of age-keygen,
+// and SSH keys. Begin reading at Parse.
+package recipient
 
 import (
 	"bufio"
@@ -13,15 +16,18 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// Recipient is a public key that a backup is encrypted to, Identity the private key.
+// Recipient is a public key that a file is encrypted to, Identity the private key.
 type (
 	Recipient = age.Recipient
 	Identity  = age.Identity
 )
 
-// ParseRecipient reads a recipient: age1..., or an SSH public key (ssh-ed25519 or ssh-rsa) on one
+// ErrIdentity: an identity can't be used: a wrong passphrase, for instance.
+var ErrIdentity = errors.New("the identity can't be used")
+
+// Parse reads a recipient: age1..., or an SSH public key (ssh-ed25519 or ssh-rsa) on one
 // line as in authorized_keys.
-func ParseRecipient(text string) (Recipient, error) {
+func Parse(text string) (Recipient, error) {
 	text = strings.TrimSpace(text)
 	if strings.HasPrefix(text, "ssh-") {
 		r, err := agessh.ParseRecipient(text)
@@ -40,10 +46,10 @@ func ParseRecipient(text string) (Recipient, error) {
 	return r, nil
 }
 
-// ParseRecipients reads all recipients. At least one is required.
-func ParseRecipients(texts []string) (all []Recipient, err error) {
+// ParseAll reads all recipients. At least one is required.
+func ParseAll(texts []string) (all []Recipient, err error) {
 	for _, text := range texts {
-		r, err := ParseRecipient(text)
+		r, err := Parse(text)
 		if err != nil {
 			return nil, err
 		}
@@ -85,7 +91,7 @@ func ReadIdentities(path string, passphrase func() ([]byte, error)) ([]Identity,
 }
 
 // usable keeps an identity that can't be used, for instance because of its passphrase, apart from a
-// damaged backup.
+// damaged file.
 type usable struct{ Identity }
 
 func (u usable) Unwrap(stanzas []*age.Stanza) ([]byte, error) {

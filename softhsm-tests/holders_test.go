@@ -1,0 +1,344 @@
+package softhsmtests
+
+import (
+	"bufio"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"countersign/admin/api"
+	"countersign/audit"
+	"countersign/internal/backup"
+	"countersign/internal/escrow"
+	"countersign/internal/keyring"
+	"countersign/internal/ledger"
+	"countersign/internal/ledger/ledgertest"
+	"countersign/internal/recipient"
+	"countersign/internal/scantest"
+
+	"filippo.io/age"
+	"golang.org/x/crypto/ssh"
+)
+
+// holds makes recovery holders: alice and carol with keys of age, bob with an SSH key. Two of them
+// bring a key back.
+func (s *system) holds() {
+	s.t.Helper()
+	for _, name := range []string{"alice", "carol"} {
+		id, err := age.GenerateX25519Identity()
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		scantest.Secret("the private key of "+name, []byte(id.String()))
+		s.write(name+".key", id.String()+"\n")
+		s.write(name+".pub", id.Recipient().String()+"\n")
+	}
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	key, err := ssh.NewPublicKey(public)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.write("bob.key", string(pem.EncodeToMemory(block)))
+	s.write("bob.pub", string(ssh.MarshalAuthorizedKey(key)))
+	s.must("admin", "holders", "set", "2", "alice="+s.path("alice.pub"), "bob="+s.path("bob.pub"),
+		"carol="+s.path("carol.pub"))
+}
+
+// ceremony is a countersignd that waits for holders.
+type ceremony struct {
+	s       *system
+	cmd     *exec.Cmd
+	request string
+	answers string
+	code    string
+	lines   *bufio.Scanner
+	out     strings.Builder
+}
+
+// ceremony starts a countersignd, and waits until it waits for the holders.
+func (s *system) ceremony(args ...string) *ceremony {
+	s.t.Helper()
+	folder := s.t.TempDir()
+	c := &ceremony{s: s, request: filepath.Join(folder, "the.request"), answers: filepath.Join(folder, "answers")}
+	if err := os.Mkdir(c.answers, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	args = append(args, "--request", c.request, "--answers", c.answers, "--config", s.path("countersign.toml"))
+	c.cmd = exec.CommandContext(s.t.Context(), filepath.Join(bin, "countersignd"), args...)
+	c.cmd.Stderr = &c.out
+	pipe, err := c.cmd.StdoutPipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if err := c.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	c.lines = bufio.NewScanner(pipe)
+	c.until("waiting")
+	return c
+}
+
+// until reads the lines to one that begins with a word.
+func (c *ceremony) until(word string) (line string) {
+	c.s.t.Helper()
+	for c.lines.Scan() {
+		line := c.lines.Text()
+		c.out.WriteString(line + "\n")
+		if code, is := strings.CutPrefix(line, "code"); is {
+			c.code, _, _ = strings.Cut(strings.TrimSpace(code), ":")
+		}
+		if strings.HasPrefix(line, word) {
+			return line
+		}
+	}
+	c.s.t.Fatalf("no line %q: %v\n%s", word, c.cmd.Wait(), c.out.String())
+	return ""
+}
+
+// give has a holder answer.
+func (c *ceremony) give(holder string) {
+	c.s.t.Helper()
+	out := c.s.must("holder", "give", c.request, "--identity", c.s.path(holder+".key"), "--code", c.code,
+		"--answer", filepath.Join(c.answers, holder+".answer"))
+	if !strings.Contains(out, holder) || !strings.Contains(out, "payments/1") {
+		c.s.t.Errorf("%s gives: %s", holder, out)
+	}
+}
+
+// end returns the output and the exit status.
+func (c *ceremony) end() (string, int) {
+	c.s.t.Helper()
+	for c.lines.Scan() {
+		c.out.WriteString(c.lines.Text() + "\n")
+	}
+	err := c.cmd.Wait()
+	if _, exited := err.(*exec.ExitError); err != nil && !exited {
+		c.s.t.Fatal(err)
+	}
+	c.s.checkOutput("a ceremony", c.out.String())
+	return c.out.String(), c.cmd.ProcessState.ExitCode()
+}
+
+// seeds opens the envelopes in a backup by the keys of alice and bob, and has the outputs of the
+// tests searched for the seeds.
+func (s *system) seeds(file string) (all [][]byte) {
+	s.t.Helper()
+	read := func(name string) []recipient.Identity {
+		ids, err := recipient.ReadIdentities(s.path(name), nil)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		return ids
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer f.Close()
+	b, err := backup.Extract(f, read("recovery.key"), s.t.TempDir())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	l, err := ledgertest.Open(s.t, b.Files[0], ledger.Options{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer l.Close()
+	var sealed []keyring.Sealed
+	if err := l.View(func(v ledger.View) (err error) { sealed, _, err = keyring.ReadSealed(v); return err }); err != nil {
+		s.t.Fatal(err)
+	}
+	for _, k := range sealed {
+		e, err := escrow.ParseEnvelope(k.Envelope)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		var lines []string
+		for i, name := range []string{"alice.key", "bob.key"} {
+			r, err := age.Decrypt(strings.NewReader(string(e.Shares[i].Sealed)), read(name)...)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			line, err := io.ReadAll(r)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			scantest.Secret("a share of "+k.Ref.String(), []byte(strings.Fields(string(line))[4]))
+			lines = append(lines, string(line))
+		}
+		seed, err := escrow.Open(k.Envelope, lines)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if public := ed25519.NewKeyFromSeed(seed.Expose())[32:]; !slices.Equal(public, k.PublicKey) {
+			s.t.Errorf("%v: the envelope has the seed of %x, not of %x", k.Ref, public, k.PublicKey)
+		}
+		scantest.Secret("the seed of "+k.Ref.String(), seed.Expose())
+		all = append(all, seed.Expose())
+	}
+	return all
+}
+
+// TestHoldersReturnKeys makes a recoverable key, has holders bring it back in a drill, destroys the
+// folder of its token, and has holders bring it back onto another one. The peer goes on with the
+// same key. Neither the daemon nor a key worker has a seed in its memory.
+func TestHoldersReturnKeys(t *testing.T) {
+	s := newSafe(t)
+	s.backedUp()
+	p := s.serve()
+	s.must("admin", "peer", "add", "demo", strings.TrimSpace(s.must("keygen", s.path("demo.key"))))
+	create := []string{"admin", "key", "create", "payments", "--recoverable", "--token", "main"}
+	if _, errOut, code := s.cli("", create...); code != 1 || !strings.Contains(errOut, "admin holders set") {
+		t.Errorf("without holders: %d %s", code, errOut)
+	}
+	s.holds()
+	if out := s.must(create...); !strings.Contains(out, "hsm-recoverable") ||
+		!strings.Contains(out, "has sealed a copy for the recovery holders") {
+		t.Errorf("key create: %s", out)
+	}
+	s.must("admin", "key", "rotate", "payments", "--now")
+	signed, err := s.dial().Sign(t.Context(), "payments", message("AAAA"))
+	if err != nil || signed.Version != 2 {
+		t.Fatalf("%+v, %v", signed, err)
+	}
+	if out := s.must("admin", "holders", "show"); !strings.Contains(out, "set 1: 2 of 3") ||
+		!strings.Contains(out, "never") || !strings.Contains(out, "payments/3") || !strings.Contains(out, "ssh-ed25519 SHA256:") {
+		t.Errorf("holders show: %s", out)
+	}
+	seeds := s.seeds(s.newBackup())
+	if len(seeds) != 3 {
+		t.Fatalf("%d seeds", len(seeds))
+	}
+	for _, seed := range seeds {
+		for _, pid := range append(descendants(p.cmd.Process.Pid), p.cmd.Process.Pid) {
+			for _, text := range []string{string(seed), hex.EncodeToString(seed)} {
+				if memoryContains(t, pid, text) {
+					t.Errorf("process %d has a seed", pid)
+				}
+			}
+		}
+	}
+
+	scratch := t.TempDir()
+	drill := []string{"drill", "--holders", "--identity", s.path("recovery.key"), "--scratch", scratch}
+	c := s.ceremony(append(drill, "--wait", "1s")...) // nobody comes
+	if out, code := c.end(); code != 1 || !strings.Contains(out, "too few holders have answered: 2 holders more") {
+		t.Errorf("without holders: %d\n%s", code, out)
+	}
+	c = s.ceremony(drill...)
+	if out := s.must("holder", "show", c.request); !strings.Contains(out, "a drill:") ||
+		!strings.Contains(out, "by 2 of alice, bob, carol") {
+		t.Errorf("holder show: %s", out)
+	}
+	_, errOut, code := s.cli("", "holder", "give", c.request, "--identity", s.path("alice.key"), "--code",
+		"aaaa-aaaa-aaaa-aaaa")
+	if code != 1 || !strings.Contains(errOut, "the code is that of another request") {
+		t.Errorf("a wrong code: %d %s", code, errOut)
+	}
+	if err := os.WriteFile(filepath.Join(c.answers, "x.answer"), []byte("rubbish"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.until("ignored")
+	c.give("alice")
+	if line := c.until("answer"); !strings.Contains(line, "of alice, for 3 keys; 1 holder more") {
+		t.Errorf("%s", line)
+	}
+	c.give("bob")
+	out, code := c.end()
+	if code != 0 || !strings.Contains(out, "the holders alice, bob have brought back 3 recoverable keys") {
+		t.Fatalf("drill: %d\n%s", code, out)
+	}
+	if out := s.must("admin", "holders", "show"); strings.Contains(out, "never") {
+		t.Errorf("holders show: %s", out)
+	}
+	var proven []api.Event
+	for _, e := range s.events() {
+		switch e.Type {
+		case audit.DrillFailed:
+			t.Errorf("%+v", e)
+		case audit.BackupProven:
+			proven = append(proven, e)
+		}
+	}
+	if len(proven) != 1 || proven[0].Metadata["holders"] != "alice, bob" {
+		t.Errorf("%+v", proven)
+	}
+
+	// The HSM burns, and another one takes its place.
+	if err := os.RemoveAll(s.path("tokens")); err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+	if err := os.Mkdir(s.path("tokens"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if out, code := s.daemon("init", "--token", "main", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	if out, code := s.daemon("return-keys", "--request", s.path("x"), "--answers", s.dir, "--key", "payments/9"); code != 2 ||
+		!strings.Contains(out, "no recoverable version of this name") {
+		t.Errorf("a key that is none: %d\n%s", code, out)
+	}
+	c = s.ceremony("return-keys")
+	p = s.serve() // for the other keys, while the holders are asked
+	if out := s.must("holder", "show", c.request); !strings.Contains(out, "a RECOVERY") {
+		t.Errorf("holder show: %s", out)
+	}
+	c.give("carol")
+	c.until("answer")
+	c.give("bob")
+	c.until("waiting") // for the daemon to end
+	p.stop()
+	if out, code := c.end(); code != 0 || strings.Count(out, "again") != 3 {
+		t.Fatalf("return-keys: %d\n%s", code, out)
+	}
+	if out, code := s.daemon("return-keys", "--request", s.path("y"), "--answers", s.dir); code != 0 ||
+		!strings.Contains(out, "nothing to return") {
+		t.Errorf("once more: %d\n%s", code, out)
+	}
+	if _, err := os.Stat(s.path("y")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a request for nothing: %v", err)
+	}
+	s.serve()
+	if out := s.must("admin", "state"); !strings.Contains(out, "operational") || strings.Contains(out, "key-missing") {
+		t.Errorf("state: %s", out)
+	}
+	again, err := s.dial().Sign(t.Context(), "payments", message("BBBB"))
+	if err != nil || again.Version != 2 || again.PublicKey != signed.PublicKey {
+		t.Errorf("%+v, %v", again, err)
+	}
+	s.must("admin", "key", "rotate", "payments", "--now") // to a successor that came back
+	returned := 0
+	for _, e := range s.events() {
+		if e.Type == audit.KeyReturned {
+			returned++
+			if e.Metadata["holders"] != "carol, bob" || e.Outcome != "" && e.Outcome != "ok" {
+				t.Errorf("%+v", e)
+			}
+		}
+	}
+	if returned != 3 {
+		t.Errorf("%d events KeyReturned", returned)
+	}
+	var doc struct{ Keys []string }
+	if err := json.Unmarshal([]byte(s.must("admin", "holders", "show", "--json")), &doc); err != nil || len(doc.Keys) != 4 {
+		t.Errorf("%+v, %v", doc, err)
+	}
+}
