@@ -259,6 +259,9 @@ func NewRotationAnnounced(
 	e := newEvent(RotationAnnounced, who, "key rotate", key, "version", decimal(version),
 		"public_key", hex.EncodeToString(k.PublicKey), "activates_at", decimal(activates.Unix()),
 		"custody", k.Custody, "provenance", k.Provenance)
+	if k.Envelope != "" { // of a key without steps: it is made by its announcement
+		e = e.with("envelope", k.Envelope)
+	}
 	if !instead.IsZero() {
 		e = e.with("instead_of", decimal(instead.Unix()))
 	}

@@ -586,25 +586,26 @@ func (st *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag 
 		return nil, fmt.Errorf("hsm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	defer seed.Wipe()
-	return st.ImportSeed(ctx, ref, seed, tag)
+	return st.ImportSeed(ctx, ref, keystore.Ed25519, seed, tag)
 }
 
-// ImportSeed is Import with a seed in memory.
+// ImportSeed is Import with a private key in memory, of any algorithm.
 func (st *Store) ImportSeed(
-	ctx context.Context, ref keystore.Ref, seed secret.Bytes, tag keystore.Tag,
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, seed secret.Bytes, tag keystore.Tag,
 ) (keystore.Key, error) {
-	return st.create(ctx, "import", ref, keystore.Ed25519, tag, func(s session, c curve) ([]byte, error) {
+	return st.create(ctx, "import", ref, alg, tag, func(s session, c curve) ([]byte, error) {
 		return st.importSeed(s, ref, c, tag, seed)
 	})
 }
 
 // importSeed writes both objects of a key and returns the public key.
 func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed secret.Bytes) ([]byte, error) {
-	private := ed25519.NewKeyFromSeed(seed.Expose())
-	defer clear(private)
-	public := bytes.Clone(private[32:])
+	public, err := publicOf(c.alg, seed)
+	if err != nil {
+		return nil, err
+	}
 	point := public
-	if st.quirks.ECPoint == "octet-string" {
+	if st.quirks.ECPoint == "octet-string" || c.alg == keystore.P256 { // PKCS#11 v2.40 section 2.3.3
 		point = append([]byte{0x04, byte(len(point))}, point...)
 	}
 	pub, prv := st.templates(ref, c, tag)
@@ -619,6 +620,24 @@ func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.T
 		return nil, deviceError("C_CreateObject (private key)", err)
 	}
 	return public, nil
+}
+
+// publicOf returns the public key of a private key.
+func publicOf(alg keystore.Algorithm, seed secret.Bytes) ([]byte, error) {
+	if alg == keystore.Ed25519 {
+		private := ed25519.NewKeyFromSeed(seed.Expose())
+		defer clear(private)
+		return bytes.Clone(private[32:]), nil
+	}
+	curve := ecdh.X25519()
+	if alg == keystore.P256 {
+		curve = ecdh.P256()
+	}
+	private, err := curve.NewPrivateKey(seed.Expose())
+	if err != nil { // without the text, which may have the key
+		return nil, fmt.Errorf("%w: this is no private key of %s", keystore.ErrRefused, alg)
+	}
+	return private.PublicKey().Bytes(), nil
 }
 
 // prove has a private object prove the public key of a description, by one use. A key without this

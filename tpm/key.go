@@ -286,14 +286,19 @@ func (s *Store) Import(ctx context.Context, ref keystore.Ref, path string, tag k
 		return nil, fmt.Errorf("tpm: import %v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	defer seed.Wipe()
-	return s.ImportSeed(ctx, ref, seed, tag)
+	return s.ImportSeed(ctx, ref, keystore.Ed25519, seed, tag)
 }
 
-// ImportSeed is Import with a seed in memory.
+// ImportSeed is Import with a private key in memory, of Ed25519 or X25519. The TPM makes its P-256
+// keys itself.
 func (s *Store) ImportSeed(
-	ctx context.Context, ref keystore.Ref, seed secret.Bytes, tag keystore.Tag,
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, seed secret.Bytes, tag keystore.Tag,
 ) (keystore.Key, error) {
-	info := keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, Tag: tag, Custody: keystore.TPMSealed}
+	if alg == keystore.P256 {
+		return nil, fmt.Errorf("tpm: import %v: %w: a P-256 key never leaves the TPM, so it can have no copy", ref,
+			keystore.ErrRefused)
+	}
+	info := keystore.Info{Ref: ref, Algorithm: alg, Tag: tag, Custody: keystore.TPMSealed}
 	return s.create(ctx, "import", info, func(transport.TPM, storageKey) ([32]byte, error) {
 		return [32]byte(seed.Expose()), nil
 	})

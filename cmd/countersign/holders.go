@@ -61,8 +61,10 @@ func (t *tool) holders(act maker) *cobra.Command {
 			pairs := []string{"number", strconv.FormatUint(uint64(before.Number)+1, 10), "needed", args[0],
 				"of", strconv.Itoa(len(args) - 1)}
 			for i, text := range args[1:] {
-				h, err := holderFrom(text)
-				if err != nil {
+				h, err := escrow.ReadHolder(text)
+				if errors.Is(err, escrow.ErrSet) {
+					return usageError{err}
+				} else if err != nil {
 					return err
 				}
 				pairs = append(pairs, "holder_"+strconv.Itoa(i+1), h.Name+" "+h.Recipient)
@@ -74,26 +76,6 @@ func (t *tool) holders(act maker) *cobra.Command {
 		"create --recoverable); fewer can't. Keys that were made before stay with their holders.")
 	set.Example = "  countersign admin holders set 2 alice=age1qqq bob=bob.pub carol=age1zzz"
 	return group("holders", "Show the recovery holders, and name others", show, set)
-}
-
-// holderFrom reads NAME=KEY or NAME=FILE.
-func holderFrom(text string) (escrow.Holder, error) {
-	name, key, ok := strings.Cut(text, "=")
-	if !ok {
-		return escrow.Holder{}, usageError{fmt.Errorf("%.60q: write NAME=KEY or NAME=FILE", text)}
-	}
-	if !strings.HasPrefix(key, "age1") && !strings.HasPrefix(key, "ssh-") {
-		b, err := readSmall(key, 16<<10)
-		if err != nil {
-			return escrow.Holder{}, err
-		}
-		key = string(b)
-	}
-	h, err := escrow.NewHolder(name, key)
-	if err != nil {
-		return h, usageError{err}
-	}
-	return h, nil
 }
 
 // holder are the commands of a recovery holder, on a machine of the holder's own.

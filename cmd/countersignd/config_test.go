@@ -380,13 +380,13 @@ const aRecipient = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac
 func TestBackupConfig(t *testing.T) {
 	folder := "[backup]\nfolder = \"b\"\nrecipients = [\"" + aRecipient + "\"]\n"
 	for config, want := range map[string]string{
-		"[backup]\nfolder = \"b\"\n":                       "backup.recipients are missing",
+		"[backup]\nfolder = \"b\"\n":                        "backup.recipients are missing",
 		"[backup]\nrecipients = [\"" + aRecipient + "\"]\n": "backup.recipients are for a folder",
-		"[backup]\nfolder = \"b\"\nrecipients = [\"x\"]\n": "backup.recipients: ",
-		folder + "schedule = \"nightly\"\n":                "backup.schedule: ",
-		folder + "schedule = \"61 * * * *\"\n":             "backup.schedule: ",
-		folder + "daily = -1\n":                            "backup.daily must be",
-		folder + "weekly = 10001\n":                        "backup.weekly must be",
+		"[backup]\nfolder = \"b\"\nrecipients = [\"x\"]\n":  "backup.recipients: ",
+		folder + "schedule = \"nightly\"\n":                 "backup.schedule: ",
+		folder + "schedule = \"61 * * * *\"\n":              "backup.schedule: ",
+		folder + "daily = -1\n":                             "backup.daily must be",
+		folder + "weekly = 10001\n":                         "backup.weekly must be",
 	} {
 		if _, err := parseConfig("/etc/c.toml", []byte(least+config)); err == nil ||
 			!strings.Contains(err.Error(), want) {

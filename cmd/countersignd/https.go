@@ -32,7 +32,7 @@ func makeHTTPSKeys(ctx context.Context, c Config, app *appliance.Appliance, who 
 		if _, err := app.Keys.Active(name); err == nil {
 			continue
 		}
-		if _, err := app.Keys.CreateOwn(ctx, who, name, c.LogToken); err != nil {
+		if _, err := makeOwn(ctx, c, app, who, name, c.LogToken); err != nil {
 			return err
 		}
 		fmt.Fprintf(stderr, "created the key %s of the HTTPS listener in the token\n", name)

@@ -12,8 +12,10 @@ import (
 	"path/filepath"
 	"slices"
 
+	"countersign/appliance"
 	"countersign/audit"
 	"countersign/internal/anchor"
+	"countersign/internal/escrow"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
@@ -28,6 +30,63 @@ type initOptions struct {
 	newToken  bool
 	soPINFile string
 	token     string // add this token, and touch neither the other tokens nor the ledger
+
+	holders []string // recovery holders, as escrow.ReadHolder reads them; none: the own keys are resident
+	needed  int      // of the holders
+	set     escrow.Set
+}
+
+// readHolders reads the recovery holders of the flags.
+func (o *initOptions) readHolders() error {
+	if len(o.holders) == 0 {
+		if o.needed != 0 {
+			return configError{errors.New("--needed is for --holder: name the recovery holders")}
+		}
+		return nil
+	}
+	if o.token != "" {
+		return configError{errors.New("--holder names the holders of a new appliance's own keys, and --token adds a token: " +
+			"countersign admin holders set names others")}
+	}
+	o.set = escrow.Set{Number: 1, Needed: o.needed}
+	for _, text := range o.holders {
+		h, err := escrow.ReadHolder(text)
+		if err != nil {
+			return configError{fmt.Errorf("--holder: %w", err)}
+		}
+		o.set.Holders = append(o.set.Holders, h)
+	}
+	if err := o.set.Check(); err != nil {
+		return configError{fmt.Errorf("--holder and --needed: %w", err)}
+	}
+	return nil
+}
+
+// nameHolders names the first recovery holders of a new appliance.
+func (o initOptions) nameHolders(ctx context.Context, keys *keyring.Ring, who audit.Actor, stderr io.Writer) error {
+	now := keys.Holders()
+	switch {
+	case len(o.holders) == 0:
+		return nil
+	case now.Number == 1 && now.Needed == o.set.Needed && slices.Equal(now.Holders, o.set.Holders):
+		return nil // an init that was interrupted
+	}
+	if err := keys.FirstHolders(ctx, who, o.set); err != nil {
+		return fmt.Errorf("--holder: %w: its own keys stay as they are, and countersign admin holders set names the "+
+			"holders of later ones", err)
+	}
+	fmt.Fprintf(stderr, "named the recovery holders: %d of %d bring a key back\n", o.set.Needed, len(o.set.Holders))
+	return nil
+}
+
+// makeOwn makes one of the appliance's own keys. With recovery holders, the key is recoverable,
+// apart from the P-256 keys of a TPM, which never leave it.
+func makeOwn(ctx context.Context, c Config, app *appliance.Appliance, who audit.Actor, name, token string) (*keyring.Key, error) {
+	inTPM := (name == keyring.AdminName || name == keyring.CAName) && c.Tokens[token].TPM != ""
+	if app.Keys.Holders().Number == 0 || inTPM {
+		return app.Keys.CreateOwn(ctx, who, name, token)
+	}
+	return app.Keys.CreateOwnRecoverable(ctx, who, name, token)
 }
 
 // initialise creates the parts that serve needs: with newToken the tokens, then the ledger and the
@@ -92,8 +151,11 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 	if err := bind(ctx, p.app.Anchor, operator, stderr); err != nil {
 		return err
 	}
+	if err := o.nameHolders(ctx, p.app.Keys, operator, stderr); err != nil {
+		return err
+	}
 	if _, err := p.app.Keys.LogKey(); errors.Is(err, manage.ErrNotFound) {
-		if _, err := p.app.Keys.CreateOwn(ctx, operator, keyring.LogName, c.LogToken); err != nil {
+		if _, err := makeOwn(ctx, c, p.app, operator, keyring.LogName, c.LogToken); err != nil {
 			return err
 		}
 		fmt.Fprintf(stderr, "created the audit log's key in the token\n")
@@ -105,7 +167,7 @@ func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.
 	}
 	key, err := p.app.Keys.Noise()
 	if errors.Is(err, manage.ErrNotFound) {
-		key, err = p.app.Keys.CreateOwn(ctx, operator, keyring.NoiseName, c.NoiseToken)
+		key, err = makeOwn(ctx, c, p.app, operator, keyring.NoiseName, c.NoiseToken)
 		if err == nil {
 			fmt.Fprintf(stderr, "created the listener's Noise key in the token\n")
 		}

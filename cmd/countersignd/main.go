@@ -92,15 +92,23 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		Use:   "init",
 		Short: "Create the ledger and the listener's Noise key; print the public key",
 		Example: "  countersignd init --new-token --so-pin-file so-pin\n" +
-			"  countersignd init --token anchor",
+			"  countersignd init --token anchor\n" +
+			"  countersignd init --needed 2 --holder alice=age1qqq --holder bob=bob.pub --holder carol=age1zzz",
 		Long: "Creates the ledger and, in the token, the listener's Noise key and the audit log's key.\n" +
 			"Prints the public Noise key, which peers need. An existing part is not changed: run an\n" +
 			"interrupted init again. Before a ledger is made, the tokens make, use and destroy a\n" +
-			"throw-away key of each kind.",
+			"throw-away key of each kind.\n\n" +
+			"With --holder, the appliance's own keys are recoverable for ever: after the loss of their token,\n" +
+			"any --needed of the holders bring them back (countersignd return-keys), and the appliance goes\n" +
+			"on as itself. Without, the loss of that token is the end of the appliance. This can't be changed\n" +
+			"later.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), startTime)
 			defer cancel()
+			if err := making.readHolders(); err != nil { // as root
+				return err
+			}
 			return withConfig(configPath, func(c Config) error {
 				return withLauncher(configPath, making.soPINFile, c, func(c Config) error {
 					if err := refuseAccess(configPath, c); err != nil {
@@ -115,6 +123,9 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		"initialise each missing PKCS#11 token first, with the label of its URI")
 	initCmd.Flags().StringVar(&making.soPINFile, "so-pin-file", "",
 		"with --new-token: the file with the security officer's PIN")
+	initCmd.Flags().StringArrayVar(&making.holders, "holder", nil,
+		"NAME=KEY or NAME=FILE, a recovery holder with a key of age or SSH; can be repeated")
+	initCmd.Flags().IntVar(&making.needed, "needed", 0, "so many holders together bring a key back")
 	initCmd.Flags().StringVar(&making.token, "token", "",
 		"add this token of the configuration to an appliance, and touch no other token and no ledger")
 

@@ -1,8 +1,9 @@
-// Package escrow seals the seed of a key for recovery holders: any M of N holders together can open
-// the seed, and fewer learn nothing. Begin reading at Seal, then at Begin in ceremony.go.
+// Package escrow seals a private key for recovery holders: any M of N holders together can open the
+// seal, and fewer learn nothing. Begin reading at Seal, then at Begin in ceremony.go.
 //
-// Each envelope has an age key of its own (https://age-encryption.org/v1). The seed is encrypted to
-// that key. The private key is a number below the order of the group ristretto255 (RFC 9496), and
+// A private key has 32 bytes here: the seed of Ed25519 (RFC 8032), the scalar of X25519 (RFC 7748)
+// or the scalar of P-256, the highest byte first. Each envelope has an age key of its own
+// (https://age-encryption.org/v1), to which the private key is encrypted. That of age is a number below the order of the group ristretto255 (RFC 9496), and
 // is shared by Shamir's scheme over the numbers below that order. Each share is a line of text,
 // encrypted with age to the holder's public key. So age and a few lines of any language with large
 // integers can open an envelope, without this program; docs/SPEC.md has them.
@@ -11,6 +12,7 @@ package escrow
 import (
 	"bytes"
 	"context"
+	"crypto/ecdh"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
@@ -19,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -37,8 +40,10 @@ import (
 // afterwards, and only that process has the seed.
 type Store interface {
 	keystore.Store
-	// Seal makes an Ed25519 key from a new seed, as Import does, and seals the seed for the holders.
-	Seal(ctx context.Context, ref keystore.Ref, tag keystore.Tag, to Set) (keystore.Key, []byte, error)
+	// Seal makes a key from a new private key, as Import does, and seals that for the holders.
+	Seal(
+		ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag, to Set,
+	) (keystore.Key, []byte, error)
 	// Open makes the key of an envelope again, with the shares of enough holders.
 	Open(ctx context.Context, tag keystore.Tag, envelope []byte, shares []string) (keystore.Key, error)
 }
@@ -90,6 +95,27 @@ func NewHolder(name, text string) (Holder, error) {
 	return h, nil
 }
 
+// ReadHolder reads a holder from a text of a command line: NAME=KEY, or NAME=FILE with the key.
+func ReadHolder(text string) (Holder, error) {
+	name, key, ok := strings.Cut(text, "=")
+	if !ok {
+		return Holder{}, fmt.Errorf("%.60q: %w: write NAME=KEY or NAME=FILE", text, ErrSet)
+	}
+	if !strings.HasPrefix(key, "age1") && !strings.HasPrefix(key, "ssh-") {
+		f, err := os.Open(key)
+		if err != nil {
+			return Holder{}, fmt.Errorf("holder %.32q: %w", name, err)
+		}
+		defer f.Close()
+		b, err := io.ReadAll(io.LimitReader(f, maxEnvelope))
+		if err != nil {
+			return Holder{}, fmt.Errorf("holder %.32q: %w", name, err)
+		}
+		key = string(b)
+	}
+	return NewHolder(name, key)
+}
+
 // Fingerprint is the holder's key in a short form: age1..., or the type and fingerprint of an SSH
 // key, as ssh-keygen -l prints it.
 func (h Holder) Fingerprint() string {
@@ -124,14 +150,15 @@ func (s Set) Check() error {
 
 // Envelope is the sealed seed of one key.
 type Envelope struct {
-	Format    int          `json:"format"` // 1
-	Key       keystore.Ref `json:"key"`
-	PublicKey string       `json:"public_key"` // of the key, hexadecimal
-	Set       uint32       `json:"set"`        // number of the set of holders
-	Needed    int          `json:"needed"`
-	Recipient string       `json:"recipient"` // the age key of the envelope
-	Shares    []Sealed     `json:"shares"`    // the first is number 1
-	Seed      []byte       `json:"seed"`      // age file for Recipient: 64 hex digits and a line feed
+	Format    int                `json:"format"` // 1
+	Key       keystore.Ref       `json:"key"`
+	Algorithm keystore.Algorithm `json:"algorithm"`
+	PublicKey string             `json:"public_key"` // of the key, hexadecimal
+	Set       uint32             `json:"set"`        // number of the set of holders
+	Needed    int                `json:"needed"`
+	Recipient string             `json:"recipient"` // the age key of the envelope
+	Shares    []Sealed           `json:"shares"`    // the first is number 1
+	Seed      []byte             `json:"seed"`      // age file for Recipient: 64 hex digits and a line feed
 }
 
 // Sealed is the share of a holder.
@@ -159,15 +186,52 @@ func Digest(envelope []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Seal seals the seed of an Ed25519 key. Call Seal within secret.Do: the seed, the private key of
-// the envelope and all shares are in memory meanwhile.
-func Seal(ref keystore.Ref, seed secret.Bytes, to Set) (envelope []byte, err error) {
+// NewSeed fills in a new private key. Call NewSeed within secret.Do.
+func NewSeed(alg keystore.Algorithm, seed secret.Bytes) error {
+	for range 8 { // a random number is no scalar of P-256 once in 2^32
+		rand.Read(seed.Expose())
+		if _, err := publicOf(alg, seed); err == nil || alg != keystore.P256 {
+			return err
+		}
+	}
+	return errors.New("escrow: the generator gives no scalar")
+}
+
+// publicOf returns the public key of a private key, in the form of keystore.Info.
+func publicOf(alg keystore.Algorithm, seed secret.Bytes) ([]byte, error) {
+	curve := ecdh.X25519()
+	switch alg {
+	case keystore.Ed25519:
+		private := ed25519.NewKeyFromSeed(seed.Expose())
+		defer clear(private)
+		return bytes.Clone(private[32:]), nil
+	case keystore.P256:
+		curve = ecdh.P256()
+	case keystore.X25519:
+	default:
+		return nil, fmt.Errorf("escrow: unknown algorithm %q", alg)
+	}
+	private, err := curve.NewPrivateKey(seed.Expose())
+	if err != nil { // without the text, which may have the key
+		return nil, errors.New("escrow: this is no private key")
+	}
+	return private.PublicKey().Bytes(), nil
+}
+
+// Seal seals a private key. Call Seal within secret.Do: the private key, that of the envelope and
+// all shares are in memory meanwhile.
+func Seal(ref keystore.Ref, alg keystore.Algorithm, seed secret.Bytes, to Set) (envelope []byte, err error) {
 	if err := to.Check(); err != nil {
 		return nil, err
 	}
-	private := ed25519.NewKeyFromSeed(seed.Expose())
-	defer clear(private)
-	e := Envelope{Format: format, Key: ref, PublicKey: hex.EncodeToString(private[32:]), Set: to.Number, Needed: to.Needed}
+	public, err := publicOf(alg, seed)
+	if err != nil {
+		return nil, err
+	}
+	e := Envelope{
+		Format: format, Key: ref, Algorithm: alg, PublicKey: hex.EncodeToString(public), Set: to.Number,
+		Needed: to.Needed,
+	}
 	number := group.Ristretto255.RandomNonZeroScalar(rand.Reader)
 	identity, err := identityOf(number)
 	if err != nil {
@@ -277,9 +341,10 @@ func (e Envelope) check() error {
 	if err == nil {
 		err = set.Check()
 	}
-	if err == nil && (e.Format != format || len(public) != ed25519.PublicKeySize ||
+	size, known := map[keystore.Algorithm]int{keystore.Ed25519: 32, keystore.X25519: 32, keystore.P256: 65}[e.Algorithm]
+	if err == nil && (e.Format != format || !known || len(public) != size ||
 		hex.EncodeToString(public) != e.PublicKey) {
-		err = errors.New("it has no public key of Ed25519")
+		err = errors.New("it has no public key of its algorithm")
 	}
 	if err == nil {
 		_, err = age.ParseX25519Recipient(e.Recipient)
@@ -358,9 +423,7 @@ func Open(envelope []byte, lines []string) (seed secret.Bytes, err error) {
 	if seed, err = keystore.ParseSeed(text); err != nil {
 		return seed, fmt.Errorf("%v: %w: %w", e.Key, ErrEnvelope, err)
 	}
-	private := ed25519.NewKeyFromSeed(seed.Expose())
-	defer clear(private)
-	if hex.EncodeToString(private[32:]) != e.PublicKey {
+	if public, err := publicOf(e.Algorithm, seed); err != nil || hex.EncodeToString(public) != e.PublicKey {
 		seed.Wipe()
 		return secret.Bytes{}, fmt.Errorf("%v: %w: its seed is that of another key", e.Key, ErrEnvelope)
 	}

@@ -60,7 +60,7 @@ func newSeed() secret.Bytes {
 
 func seal(t *testing.T, ref keystore.Ref, seed secret.Bytes, to escrow.Set) []byte {
 	t.Helper()
-	b, err := escrow.Seal(ref, seed, to)
+	b, err := escrow.Seal(ref, keystore.Ed25519, seed, to)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -250,7 +250,7 @@ func TestSets(t *testing.T) {
 		if err := bad.Check(); !errors.Is(err, escrow.ErrSet) {
 			t.Errorf("%s: %v", name, err)
 		}
-		if _, err := escrow.Seal(payments, newSeed(), bad); !errors.Is(err, escrow.ErrSet) {
+		if _, err := escrow.Seal(payments, keystore.Ed25519, newSeed(), bad); !errors.Is(err, escrow.ErrSet) {
 			t.Errorf("%s is sealed for: %v", name, err)
 		}
 	}

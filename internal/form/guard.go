@@ -87,13 +87,13 @@ func (g *guarded) Import(
 
 // ImportSeed imports a seed in memory, if the store can.
 func (g *guarded) ImportSeed(
-	ctx context.Context, ref keystore.Ref, seed secret.Bytes, tag keystore.Tag,
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, seed secret.Bytes, tag keystore.Tag,
 ) (keystore.Key, error) {
 	store, ok := g.Store.(keystore.SeedImporter)
 	if !ok {
 		return nil, fmt.Errorf("%v: %w: this device takes no seed", ref, keystore.ErrRefused)
 	}
-	return g.wrap(store.ImportSeed(ctx, ref, seed, tag))
+	return g.wrap(store.ImportSeed(ctx, ref, alg, seed, tag))
 }
 
 func (k *key) Sign(ctx context.Context, input []byte, judge keystore.Judge) ([]byte, error) {

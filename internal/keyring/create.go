@@ -108,6 +108,17 @@ func (r *Ring) Create(ctx context.Context, who audit.Actor, n NewKey) (*Key, err
 
 // CreateOwn makes one of the appliance's own keys on a token, for countersignd init.
 func (r *Ring) CreateOwn(ctx context.Context, who audit.Actor, name, token string) (*Key, error) {
+	return r.createOwn(ctx, who, name, token, false)
+}
+
+// CreateOwnRecoverable is CreateOwn for a recoverable key: see FirstHolders.
+func (r *Ring) CreateOwnRecoverable(ctx context.Context, who audit.Actor, name, token string) (*Key, error) {
+	return r.createOwn(ctx, who, name, token, true)
+}
+
+func (r *Ring) createOwn(
+	ctx context.Context, who audit.Actor, name, token string, recoverable bool,
+) (*Key, error) {
 	alg, ok := map[string]keystore.Algorithm{
 		NoiseName: keystore.X25519, LogName: keystore.Ed25519, AdminName: keystore.P256, CAName: keystore.P256,
 	}[name]
@@ -115,7 +126,8 @@ func (r *Ring) CreateOwn(ctx context.Context, who audit.Actor, name, token strin
 		return nil, fmt.Errorf("key %q: %w: the appliance has no such key of its own",
 			ijson.Clip(name), manage.ErrInvalid)
 	}
-	return r.createFirst(ctx, who, NewKey{Name: name, Algorithm: alg, Token: token})
+	n := NewKey{Name: name, Algorithm: alg, Token: token, Recoverable: recoverable}
+	return r.createFirst(ctx, who, n)
 }
 
 func (r *Ring) createFirst(ctx context.Context, who audit.Actor, n NewKey) (*Key, error) {
@@ -269,7 +281,7 @@ func (r *Ring) make(ctx context.Context, who audit.Actor, ref keystore.Ref, n Ne
 	var envelope []byte
 	switch {
 	case n.Recoverable:
-		made, envelope, err = r.seal(ctx, store, ref, rec.Tag)
+		made, envelope, err = r.seal(ctx, store, ref, n.Algorithm, rec.Tag)
 	case n.Seed == "":
 		made, err = store.Generate(ctx, ref, n.Algorithm, rec.Tag)
 	default:

@@ -68,6 +68,19 @@ func (r *Ring) SetHolders(ctx context.Context, who audit.Actor, s escrow.Set) er
 	if who.Proposal == 0 {
 		return fmt.Errorf("recovery holders: %w", manage.ErrNotApproved)
 	}
+	return r.setHolders(ctx, who, s)
+}
+
+// FirstHolders names the recovery holders of an appliance without keys, for countersignd init:
+// nobody is there yet who could approve.
+func (r *Ring) FirstHolders(ctx context.Context, who audit.Actor, s escrow.Set) error {
+	if len(r.All()) > 0 {
+		return fmt.Errorf("recovery holders: %w: the appliance has keys", manage.ErrConflict)
+	}
+	return r.setHolders(ctx, who, s)
+}
+
+func (r *Ring) setHolders(ctx context.Context, who audit.Actor, s escrow.Set) error {
 	var holders []string
 	for _, h := range s.Holders {
 		holders = append(holders, h.Name+" "+h.Recipient)
@@ -91,8 +104,6 @@ func (r *Ring) mayMakeRecoverable(n NewKey) error {
 	case n.Seed != "":
 		return fmt.Errorf("%w: an imported seed has a copy elsewhere already: a recoverable key is made by the appliance",
 			manage.ErrInvalid)
-	case n.Algorithm != keystore.Ed25519:
-		return fmt.Errorf("%w: recoverable keys are those of %s", manage.ErrInvalid, keystore.Ed25519)
 	case r.Holders().Number == 0:
 		return fmt.Errorf("%w: there are no recovery holders yet: countersign admin holders set", manage.ErrConflict)
 	}
@@ -101,7 +112,7 @@ func (r *Ring) mayMakeRecoverable(n NewKey) error {
 
 // seal has a token make a recoverable key.
 func (r *Ring) seal(
-	ctx context.Context, store keystore.Store, ref keystore.Ref, tag keystore.Tag,
+	ctx context.Context, store keystore.Store, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag,
 ) (keystore.Key, []byte, error) {
 	able, ok := store.(escrow.Store)
 	if !ok {
@@ -111,7 +122,7 @@ func (r *Ring) seal(
 	if holders.Number == 0 {
 		return nil, nil, errors.New("there are no recovery holders in the ledger")
 	}
-	return able.Seal(ctx, ref, tag, holders)
+	return able.Seal(ctx, ref, alg, tag, holders)
 }
 
 // Recoverable lists the versions whose private keys holders could bring back and that are still of

@@ -108,13 +108,9 @@ func TestRecoverableLine(t *testing.T) {
 		t.Errorf("without holders: %v", err)
 	}
 	r.setHolders(t, 2, "ann", "bob")
-	for name, n := range map[string]keyring.NewKey{
-		"P-256":     {Name: "vault", Recoverable: true, Algorithm: keystore.P256},
-		"an import": {Name: "vault", Recoverable: true, Seed: "/seed"},
-	} {
-		if _, err := r.Keys.Create(t.Context(), operator, n); !errors.Is(err, manage.ErrInvalid) {
-			t.Errorf("%s: %v", name, err)
-		}
+	imported := keyring.NewKey{Name: "vault", Recoverable: true, Seed: "/seed"}
+	if _, err := r.Keys.Create(t.Context(), operator, imported); !errors.Is(err, manage.ErrInvalid) {
+		t.Errorf("an import: %v", err)
 	}
 	r.createRecoverable(t, "vault")
 	r.checkKey(t, "vault")
@@ -179,6 +175,38 @@ func TestRecoverySuccessorOfARecoverableLine(t *testing.T) {
 		t.Fatalf("%v, %v", versions, err)
 	}
 	r.checkEnvelopes(t, versions)
+}
+
+// TestRecoverableOwnKeys: with holders from the beginning, the appliance's own keys are recoverable,
+// and so are their later versions. Later nobody names holders without approval.
+func TestRecoverableOwnKeys(t *testing.T) {
+	r := newRig(t)
+	if err := r.Keys.FirstHolders(t.Context(), operator, r.newSet(t, 2, "ann", "bob")); !errors.Is(err, manage.ErrConflict) {
+		t.Errorf("with a key: %v", err)
+	}
+	r.setHolders(t, 2, "ann", "bob")
+	for _, name := range []string{keyring.NoiseName, keyring.LogName, keyring.AdminName} {
+		if _, err := r.Keys.CreateOwnRecoverable(t.Context(), operator, name, "memory"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.rotate(t, keyring.NoiseName, time.Now())
+	if _, err := r.Keys.Create(t.Context(), operator, keyring.NewKey{
+		Name: "tls", Token: "memory", Algorithm: keystore.P256, Recoverable: true,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	r.rotate(t, "tls", time.Now())
+	for name, want := range map[string]int{keyring.NoiseName: 2, keyring.LogName: 1, keyring.AdminName: 1, "tls": 2} {
+		versions, err := r.Keys.Versions(name)
+		if err != nil || len(versions) != want {
+			t.Fatalf("%s: %v, %v", name, versions, err)
+		}
+		r.checkEnvelopes(t, versions)
+		if !versions[0].Info().Custody.Recoverable() {
+			t.Errorf("%s is %s", name, versions[0].Info().Custody)
+		}
+	}
 }
 
 // TestSetHolders: a set needs approval, is the next one, and another than the present one.

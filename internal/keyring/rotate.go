@@ -209,7 +209,7 @@ func (r *Ring) announce(ctx context.Context, who audit.Actor, old *Key, at time.
 		rec.announce(who, old, at)
 		rec.Succession = succession
 	}
-	return r.writeAnnouncement(ctx, who, old, next.Info(), at, append(edits, edit{ref, announced}), events...)
+	return r.writeAnnouncement(ctx, who, old, next.Info(), "", at, append(edits, edit{ref, announced}), events...)
 }
 
 // announceOwn announces a version of a key without steps: the Noise key, or a P-256 key. Such a
@@ -219,17 +219,21 @@ func (r *Ring) announceOwn(
 ) (*Key, error) {
 	begin, clear := func(*record) {}, func() error { return nil }
 	var info keystore.Info
+	var envelope string // of a version that is made now
 	if next := r.Version(ref.Name, ref.Version); next != nil {
 		if err := r.Prove(ctx, next); err != nil {
 			return nil, err
 		}
 		info = next.Info()
 	} else {
-		made, err := r.make(ctx, who, ref, NewKey{Name: old.Name, Algorithm: old.Info().Algorithm, Token: old.Token})
+		made, err := r.make(ctx, who, ref, NewKey{
+			Name: old.Name, Algorithm: old.Info().Algorithm, Token: old.Token,
+			Recoverable: old.Info().Custody.Recoverable(),
+		})
 		if err != nil {
 			return nil, err
 		}
-		info, begin = made.info, made.as(Pending).change
+		info, begin, envelope = made.info, made.as(Pending).change, made.facts().Envelope
 		clear = func() error { return r.clearAway(ctx, ref, made.record, "failed") }
 	}
 	var authorization *wire.Authorization
@@ -244,7 +248,7 @@ func (r *Ring) announceOwn(
 		rec.announce(who, old, at)
 		rec.Authorization = authorization
 	}
-	return r.writeAnnouncement(ctx, who, old, info, at, []edit{{ref, announced}})
+	return r.writeAnnouncement(ctx, who, old, info, envelope, at, []edit{{ref, announced}})
 }
 
 // announce notes the announcement of a version after old.
@@ -257,10 +261,11 @@ func (rec *record) announce(who audit.Actor, old *Key, at time.Time) {
 	rec.Activates, rec.By = at.Unix(), &who
 }
 
-// writeAnnouncement writes an announcement of the version after old, and tells peers.
+// writeAnnouncement writes an announcement of the version after old, and tells peers. envelope is
+// SHA-256 of the envelope of a version that is made by its announcement, hexadecimal, or "".
 // Acknowledgements of an announcement that is replaced are taken back.
 func (r *Ring) writeAnnouncement(
-	ctx context.Context, who audit.Actor, old *Key, next keystore.Info, at time.Time,
+	ctx context.Context, who audit.Actor, old *Key, next keystore.Info, envelope string, at time.Time,
 	edits []edit, events ...audit.Event,
 ) (*Key, error) {
 	var instead time.Time
@@ -268,7 +273,9 @@ func (r *Ring) writeAnnouncement(
 	if before := r.Version(next.Ref.Name, next.Ref.Version); before != nil && before.Announced() {
 		instead, again = before.Activates, before.Version
 	}
-	e := audit.NewRotationAnnounced(who, old.Ref().String(), next.Ref.Version, at, instead, factsOf(next, ""))
+	facts := factsOf(next, "")
+	facts.Envelope = envelope
+	e := audit.NewRotationAnnounced(who, old.Ref().String(), next.Ref.Version, at, instead, facts)
 	if err := r.changeLine(ctx, who, old.Name, edits, again, append([]audit.Event{e}, events...)...); err != nil {
 		return nil, err
 	}

@@ -234,8 +234,9 @@ type Store interface {
 // SeedImporter is a Store in the process with the device. A key worker makes seeds, see package
 // escrow.
 type SeedImporter interface {
-	// ImportSeed is Store.Import with a seed in memory, which belongs to the caller.
-	ImportSeed(ctx context.Context, ref Ref, seed secret.Bytes, tag Tag) (Key, error)
+	// ImportSeed is Store.Import with a private key in memory, of the form that package escrow has. The
+	// private key belongs to the caller.
+	ImportSeed(ctx context.Context, ref Ref, alg Algorithm, seed secret.Bytes, tag Tag) (Key, error)
 }
 
 // CompareEach is Store.Compare for a device that finds each key by itself. CompareEach begins no

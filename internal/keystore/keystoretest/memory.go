@@ -120,22 +120,24 @@ func (m *Memory) Import(_ context.Context, ref keystore.Ref, path string, tag ke
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
-	return m.importSeed(ref, seed, tag, "memory")
+	return m.importSeed(ref, keystore.Ed25519, seed, tag, "memory")
 }
 
 // Seal and Open make m an escrow.Store.
 func (m *Memory) Seal(
-	_ context.Context, ref keystore.Ref, tag keystore.Tag, to escrow.Set,
+	_ context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag, to escrow.Set,
 ) (k keystore.Key, envelope []byte, err error) {
 	if m.BeforeGenerate != nil {
 		if err := m.BeforeGenerate(ref); err != nil {
 			return nil, nil, err
 		}
 	}
-	seed := make([]byte, ed25519.SeedSize)
-	rand.Read(seed)
-	if envelope, err = escrow.Seal(ref, secret.New(seed), to); err == nil {
-		k, err = m.importSeed(ref, secret.New(seed), tag, keystore.HSMRecoverable)
+	seed := secret.New(make([]byte, ed25519.SeedSize))
+	if err := escrow.NewSeed(alg, seed); err != nil {
+		return nil, nil, err
+	}
+	if envelope, err = escrow.Seal(ref, alg, seed, to); err == nil {
+		k, err = m.importSeed(ref, alg, seed, tag, keystore.HSMRecoverable)
 	}
 	return k, envelope, err
 }
@@ -151,7 +153,7 @@ func (m *Memory) Open(
 	if err != nil {
 		return nil, err
 	}
-	return m.importSeed(e.Key, seed, tag, keystore.HSMRecoverable)
+	return m.importSeed(e.Key, e.Algorithm, seed, tag, keystore.HSMRecoverable)
 }
 
 // Sealing is a guarded Memory that makes recoverable keys, as a pool of key workers does.
@@ -162,9 +164,9 @@ type Sealing struct {
 
 // Seal makes a recoverable key.
 func (s Sealing) Seal(
-	ctx context.Context, ref keystore.Ref, tag keystore.Tag, to escrow.Set,
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag, to escrow.Set,
 ) (keystore.Key, []byte, error) {
-	k, envelope, err := s.Memory.Seal(ctx, ref, tag, to)
+	k, envelope, err := s.Memory.Seal(ctx, ref, alg, tag, to)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -179,12 +181,28 @@ func (s Sealing) Open(
 }
 
 func (m *Memory) importSeed(
-	ref keystore.Ref, seed secret.Bytes, tag keystore.Tag, custody keystore.Custody,
+	ref keystore.Ref, alg keystore.Algorithm, seed secret.Bytes, tag keystore.Tag, custody keystore.Custody,
 ) (keystore.Key, error) {
-	k := &memoryKey{sign: ed25519.NewKeyFromSeed(seed.Expose())}
+	k, err := &memoryKey{}, error(nil)
+	info := keystore.Info{Ref: ref, Algorithm: alg, Custody: custody, Tag: tag}
+	switch alg {
+	case keystore.Ed25519:
+		k.sign = ed25519.NewKeyFromSeed(seed.Expose())
+		info.PublicKey = []byte(k.sign.Public().(ed25519.PublicKey))
+	case keystore.P256:
+		if k.ecdsa, err = ecdsa.ParseRawPrivateKey(elliptic.P256(), seed.Expose()); err == nil {
+			info.PublicKey, err = k.ecdsa.PublicKey.Bytes()
+		}
+	case keystore.X25519:
+		if k.dh, err = ecdh.X25519().NewPrivateKey(seed.Expose()); err == nil {
+			info.PublicKey = k.dh.PublicKey().Bytes()
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	k.info = info
 	k.tell()
-	public := k.sign.Public().(ed25519.PublicKey)
-	k.info = keystore.Info{Ref: ref, Algorithm: keystore.Ed25519, PublicKey: public, Custody: custody, Tag: tag}
 	return m.add(k)
 }
 

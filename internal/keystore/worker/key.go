@@ -203,19 +203,20 @@ func (p *Pool) Import(
 
 // Seal makes a key of which holders have a sealed copy. As Import, Seal runs in an extra worker.
 func (p *Pool) Seal(
-	ctx context.Context, ref keystore.Ref, tag keystore.Tag, to escrow.Set,
+	ctx context.Context, ref keystore.Ref, alg keystore.Algorithm, tag keystore.Tag, to escrow.Set,
 ) (keystore.Key, []byte, error) {
 	if err := to.Check(); err != nil {
 		return nil, nil, fmt.Errorf("%v: %w: %w", ref, keystore.ErrRefused, err)
 	}
 	var made sealed
-	err := p.inExtraWorker(ctx, "", call{Op: opSeal, Ref: ref, Tag: tag, Holders: to}, func(answer []byte) error {
+	c := call{Op: opSeal, Ref: ref, Algorithm: alg, Tag: tag, Holders: to}
+	err := p.inExtraWorker(ctx, "", c, func(answer []byte) error {
 		err := decodeInto(&made)(answer)
 		if err != nil || made.Info.Ref != ref {
 			return keystore.ErrWrong
 		}
 		e, err := escrow.ParseEnvelope(made.Envelope)
-		if err != nil || e.Key != ref || e.PublicKey != hex.EncodeToString(made.Info.PublicKey) {
+		if err != nil || e.Key != ref || e.Algorithm != alg || e.PublicKey != hex.EncodeToString(made.Info.PublicKey) {
 			return keystore.ErrWrong
 		}
 		return nil

@@ -3,7 +3,6 @@ package worker
 import (
 	"context"
 	"crypto/ed25519"
-	"crypto/rand"
 	"fmt"
 
 	"countersign/internal/escrow"
@@ -15,8 +14,10 @@ import (
 // after the envelope is known to open.
 func (w *server) seal(ctx context.Context, c call) (answer sealed, err error) {
 	err = w.withSeed(ctx, c, func(seed secret.Bytes) (err error) {
-		rand.Read(seed.Expose())
-		answer.Envelope, err = escrow.Seal(c.Ref, seed, c.Holders)
+		if err := escrow.NewSeed(c.Algorithm, seed); err != nil {
+			return err
+		}
+		answer.Envelope, err = escrow.Seal(c.Ref, c.Algorithm, seed, c.Holders)
 		return err
 	}, &answer.Info)
 	return answer, err
@@ -28,7 +29,7 @@ func (w *server) open(ctx context.Context, c call) (key keystore.Key, err error)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
-	c.Ref = e.Key
+	c.Ref, c.Algorithm = e.Key, e.Algorithm
 	var info keystore.Info
 	err = w.withSeed(ctx, c, func(seed secret.Bytes) error {
 		opened, err := escrow.Open(c.Envelope, c.Shares)
@@ -57,7 +58,7 @@ func (w *server) withSeed(
 	if err != nil {
 		return fmt.Errorf("%w: %w", keystore.ErrRefused, err)
 	}
-	key, err := store.ImportSeed(ctx, c.Ref, seed, c.Tag)
+	key, err := store.ImportSeed(ctx, c.Ref, c.Algorithm, seed, c.Tag)
 	if err != nil {
 		return err
 	}
