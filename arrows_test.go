@@ -82,6 +82,10 @@ var arrows = map[string]room{
 		outside: "filippo.io/age github.com/cloudflare/circl golang.org/x/crypto/ssh",
 	},
 	"internal/recipient": {outside: "filippo.io/age golang.org/x/crypto"},
+	"internal/mirror": {
+		ours:    "internal/backup internal/keystore",
+		outside: "github.com/pkg/sftp golang.org/x/crypto/ssh",
+	},
 	"internal/anchor": {
 		ours: `audit internal/cause internal/gate internal/keystore internal/ledger internal/manage
 			internal/requestid internal/resource`,
@@ -181,6 +185,7 @@ var arrows = map[string]room{
 	},
 	"internal/ledger/ledgertest":     {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
 	"internal/mail/mailtest":         {ours: "internal/scantest"},
+	"internal/mirror/mirrortest":     {ours: "internal/scantest", outside: "golang.org/x/crypto/ssh"},
 	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
 	"internal/scantest":              {},
 	"scripts/receiver":               {ours: "internal/webhook"},

@@ -37,6 +37,8 @@ if [ "$for" = test ]; then
   need libnss3-tools command -v certutil
   need tpm2-tools command -v tpm2_pcrextend
   need age command -v age               # reads lists of writes as docs/SPEC.md says
+  need openssh-server test -x /usr/sbin/sshd # an SFTP server for backups
+  need openssh-sftp-server test -x /usr/lib/openssh/sftp-server
   need jq command -v jq                 # for the commands of docs/SPEC.md
   need prometheus command -v promtool   # for the rules of monitoring, and a scrape
   need python3 command -v python3       # reads the CSV of a report as a spreadsheet does

@@ -424,6 +424,18 @@ func (s *Shipper) closeFile() {
 	}
 }
 
+// Shipped returns the bytes of whole records that are on the disk, for each file of lists of this
+// daemon that may grow, by name.
+func (s *Shipper) Shipped() map[string]int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := map[string]int64{}
+	for _, f := range slices.Concat(s.before, s.files) { // the size of one in both is newest in files
+		all[filepath.Base(f.path)] = f.size
+	}
+	return all
+}
+
 // Prune removes the files of lists that no backup needs which was made at a time or later: the
 // files that were followed by another one before. Lists after the last two backups of this daemon
 // stay, whatever the clock says.
