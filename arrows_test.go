@@ -29,8 +29,8 @@ var arrows = map[string]room{
 			internal/journal internal/keyring internal/keystore internal/keystore/worker internal/launcher
 			internal/ledger
 			internal/logline internal/logqueue internal/mail internal/manage internal/meter
-			internal/operators internal/recipient internal/resource internal/sandbox internal/schedule
-			internal/scrub
+			internal/mirror internal/operators internal/recipient internal/resource internal/sandbox
+			internal/schedule internal/scrub
 			internal/secret internal/sink internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys`,
@@ -57,8 +57,9 @@ var arrows = map[string]room{
 	"appliance": {
 		ours: `audit internal/alert internal/anchor internal/backup internal/cause internal/durable
 			internal/eddsa internal/escrow internal/form internal/gate internal/ijson internal/keyring
-			internal/keystore internal/ledger internal/limit internal/mail internal/manage internal/meter internal/peers
-			internal/requestid internal/resource internal/schedule internal/sink internal/trace
+			internal/keystore internal/ledger internal/limit internal/mail internal/manage internal/meter
+			internal/mirror internal/peers internal/requestid internal/resource internal/schedule internal/sink
+			internal/trace
 			internal/webhook noise policy transcript wire`,
 		outside: "golang.org/x/time",
 	},
@@ -178,22 +179,22 @@ var arrows = map[string]room{
 		outside: "golang.org/x/sys",
 	},
 	// For tests.
-	"client/clienttest":              {ours: "noise transcript wire"},
+	"client/clienttest": {ours: "noise transcript wire"},
 	"internal/keystore/keystoretest": {
 		ours:    "internal/escrow internal/keystore internal/pubkey internal/scantest internal/secret",
 		outside: "filippo.io/age",
 	},
-	"internal/ledger/ledgertest":     {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
-	"internal/mail/mailtest":         {ours: "internal/scantest"},
-	"internal/mirror/mirrortest":     {ours: "internal/scantest", outside: "golang.org/x/crypto/ssh"},
-	"internal/ledger/disktest":       {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
-	"internal/scantest":              {},
-	"scripts/receiver":               {ours: "internal/webhook"},
-	"softhsm-tests":                  {},
-	"monitoring":                     {},
-	"tpm/tpmtest":                    {outside: `github.com/google/go-tpm`},
-	"internal/spectest":              {},
-	"":                               {},
+	"internal/ledger/ledgertest": {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
+	"internal/mail/mailtest":     {ours: "internal/scantest"},
+	"internal/mirror/mirrortest": {ours: "internal/scantest", outside: "golang.org/x/crypto/ssh"},
+	"internal/ledger/disktest":   {outside: "github.com/hanwen/go-fuse/v2 golang.org/x/sys"},
+	"internal/scantest":          {},
+	"scripts/receiver":           {ours: "internal/webhook"},
+	"softhsm-tests":              {},
+	"monitoring":                 {},
+	"tpm/tpmtest":                {outside: `github.com/google/go-tpm`},
+	"internal/spectest":          {},
+	"":                           {},
 }
 
 type pkg struct {

@@ -18,7 +18,7 @@ import (
 )
 
 func backupDoc(b appliance.BackupInfo) api.Backup {
-	return api.Backup{Name: b.Name, Size: b.Size, Made: b.Made.Unix(), Total: b.Total}
+	return api.Backup{Name: b.Name, Size: b.Size, Made: b.Made.Unix(), Total: b.Total, Mirrored: b.Mirrored}
 }
 
 func (s *server) createBackup(ctx context.Context, who caller, _ *none) (api.MadeBackup, error) {

@@ -25,7 +25,9 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
+	"countersign/internal/mirror"
 	"countersign/internal/requestid"
+	"countersign/internal/resource"
 	"countersign/internal/schedule"
 )
 
@@ -40,6 +42,7 @@ type BackupConfig struct {
 	States   map[string]string
 	Version  string          // of the program
 	Ship     *backup.Shipper // of the ledger's lists of writes to Folder; nil: none are shipped
+	Mirror   *mirror.Mirror  // of Folder to a server; nil: there is no server
 
 	// ProvenWithin is the longest time between two good drills without a cause; 0: none is wanted.
 	ProvenWithin time.Duration
@@ -57,6 +60,8 @@ type BackupInfo struct {
 	Size  int64
 	Made  time.Time
 	Total int64 // bytes to copy, of a backup that is being made, with the copied ones in Size; or 0
+
+	Mirrored string // whether the SFTP server has it, as Mirror.Has says; "": there is no server
 }
 
 // BackupMade is a backup that was just made.
@@ -393,7 +398,11 @@ func (a *Appliance) Backups() (all []BackupInfo, err error) {
 		if err != nil { // removed meanwhile
 			continue
 		}
-		all = append(all, BackupInfo{Name: e.Name(), Size: info.Size(), Made: made})
+		found := BackupInfo{Name: e.Name(), Size: info.Size(), Made: made}
+		if m := a.backups.Mirror; m != nil {
+			found.Mirrored = m.Has(e.Name())
+		}
+		all = append(all, found)
 	}
 	slices.SortFunc(all, func(x, y BackupInfo) int { return y.Made.Compare(x.Made) })
 	return all, nil
@@ -668,12 +677,104 @@ func (a *Appliance) shipLists() {
 	ship.Begin(log.ID())
 }
 
+// mirrorBackups begins to carry the backups and lists to the server. The server keeps by the rule
+// of the folder. The caller that closes the Shipper closes the Mirror afterwards.
+func (a *Appliance) mirrorBackups() {
+	b := &a.backups
+	if b.Mirror == nil {
+		return
+	}
+	log, _, err := a.Log()
+	if err != nil { // shipLists and Backup say so
+		return
+	}
+	rule := mirror.Rule{ID: log.ID(), Spare: func(names []string) (spare []string) {
+		var all []BackupInfo
+		for _, name := range names {
+			if made, ok := backup.Whole.Begun(name, log.ID()); ok {
+				all = append(all, BackupInfo{Name: name, Made: made})
+			}
+		}
+		slices.SortFunc(all, func(x, y BackupInfo) int { return y.Made.Compare(x.Made) })
+		base := ""
+		if name := b.base.Load(); name != nil {
+			base = *name
+		}
+		for _, info := range b.Keep.spare(all, base) {
+			spare = append(spare, info.Name)
+		}
+		return spare
+	}}
+	if b.Ship != nil {
+		rule.Shipped = b.Ship.Shipped
+	}
+	b.Mirror.Begin(rule)
+}
+
+// mirrorLate is the time after which a server that lacks something is a cause of the state.
+// Replaceable for tests.
+var mirrorLate = 3 * time.Minute
+
+const (
+	mirrorSending = time.Hour // the same while the server takes a backup
+	mirrorEvents  = time.Hour // between two events of a failure
+)
+
+// mirrorServer is the server among the resources. No token has a blank in its name.
+var mirrorServer = resource.Resource{
+	Name: "backup server", Failed: audit.DeviceUnavailable, Recovered: audit.DeviceRecovered,
+}
+
+// mirrorFailure says what the server lacks, and why, or returns nil.
+func (a *Appliance) mirrorFailure() error {
+	m := a.backups.Mirror
+	if m == nil {
+		return nil
+	}
+	age, moving, err := m.Behind()
+	if age <= mirrorLate || moving && age <= mirrorSending {
+		return nil
+	}
+	switch {
+	case err == nil && moving:
+		err = errors.New("a backup is still being sent")
+	case err == nil:
+		err = errors.New("the server or the folder of backups does not answer")
+	}
+	return fmt.Errorf("%s lacks the last %v: %s", m.Server(), age.Round(time.Second), cause.Line(err.Error()))
+}
+
+// watchMirror writes the events of the server until ctx ends.
+func (a *Appliance) watchMirror(ctx context.Context) {
+	if a.backups.Mirror == nil {
+		return
+	}
+	for failed := (time.Time{}); ctx.Err() == nil; {
+		failed = a.noteMirror(ctx, failed)
+		sleepUntil(ctx, time.Now().Add(lookEvery), nil)
+	}
+}
+
+// noteMirror has one event for the begin of a failure of the server and one for its end. A server
+// that comes and goes does not fill the log: within mirrorEvents, one failure is an event. failed
+// is the time of the last such event, and the result the new one.
+func (a *Appliance) noteMirror(ctx context.Context, failed time.Time) time.Time {
+	err := a.mirrorFailure()
+	if err == nil {
+		a.monitor.Report(ctx, mirrorServer, true, nil)
+	} else if failed.IsZero() || time.Since(failed) >= mirrorEvents {
+		a.monitor.Report(ctx, mirrorServer, false, err)
+		return time.Now()
+	}
+	return failed
+}
+
 // listsLate is the age of a write without a restore that makes a cause: a daemon that starts again
 // soon after a backup waits for baseStart.
 const listsLate = 3 * time.Minute
 
-// backupCauses is the failure of the last backup, or a folder that is away, and writes that no
-// restore would have.
+// backupCauses is the failure of the last backup, or a folder that is away, writes that no restore
+// would have, and a server that lacks something.
 func (a *Appliance) backupCauses() (causes []cause.Cause) {
 	b := &a.backups
 	for _, err := range []*error{b.away.Load(), b.failure.Load()} {
@@ -683,6 +784,7 @@ func (a *Appliance) backupCauses() (causes []cause.Cause) {
 		}
 	}
 	causes = append(causes, slices.Concat(a.drillCauses(time.Now()), a.holderCauses(time.Now()))...)
+	causes = append(causes, cause.Mirror.Err("", a.mirrorFailure())...)
 	if b.Ship == nil {
 		return causes
 	}

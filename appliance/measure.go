@@ -100,6 +100,10 @@ func (a *Appliance) measureBackups(s *meter.Sample) {
 		behind, _ := ship.Behind()
 		s.Set(meter.BackupBehind, behind.Seconds())
 	}
+	if mirror := a.backups.Mirror; mirror != nil {
+		behind, _, _ := mirror.Behind()
+		s.Set(meter.MirrorBehind, behind.Seconds())
+	}
 }
 
 // measureLedger leaves out what can't be read: an absent series is no zero.

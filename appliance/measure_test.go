@@ -2,6 +2,7 @@ package appliance
 
 import (
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -9,6 +10,7 @@ import (
 
 	"countersign/internal/keyring"
 	"countersign/internal/meter"
+	"countersign/internal/mirror"
 	"countersign/noise"
 	"countersign/wire"
 )
@@ -43,6 +45,7 @@ func TestEverySeriesIsServed(t *testing.T) {
 	r.sign(t, shop, message(1, "x"))
 	shop.walk.End("sign", "")
 	r.backedUp(t)
+	r.backups.Mirror = mirror.New(r.backups.Folder, mirror.Server{}, slog.New(slog.DiscardHandler))
 	if _, err := r.Backup(t.Context(), operator); err != nil {
 		t.Fatal(err)
 	}

@@ -84,8 +84,10 @@ func (a *Appliance) Serve(ctx context.Context, listeners ...Listener) error {
 	working.Go(func() { a.keepHooks(stop) })
 	working.Go(func() { a.keepSinks(stop) })
 	a.shipLists()
+	a.mirrorBackups()
 	working.Go(func() { a.keepBackups(stop) })
 	working.Go(func() { a.watchBackups(stop) })
+	working.Go(func() { a.watchMirror(stop) })
 	working.Go(func() { a.traces.Run(stop) })
 	working.Go(func() { a.Anchor.Keep(stop) })
 	var serving sync.WaitGroup

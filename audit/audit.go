@@ -106,7 +106,7 @@ const (
 	LegalHoldSet        Type = "LegalHoldSet"
 	LegalHoldReleased   Type = "LegalHoldReleased"
 	LedgerCompacted     Type = "LedgerCompacted"
-	DeviceUnavailable   Type = "DeviceUnavailable" // a token, or the ledger's disk
+	DeviceUnavailable   Type = "DeviceUnavailable" // a token, the ledger's disk, or the SFTP server of backups
 	DeviceRecovered     Type = "DeviceRecovered"
 	TokenRetried        Type = "TokenRetried"
 	LogLevelChanged     Type = "LogLevelChanged"

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"countersign/internal/mirror/mirrortest"
 	"countersign/tpm/tpmtest"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -38,7 +39,7 @@ func TestOperations(t *testing.T) {
 	commands := map[string]func(*testscript.TestScript, bool, []string){
 		"appliance": o.appliance, "approve": o.approve, "as": o.as, "configure": o.configure, "demo": o.demo,
 		"doc": o.doc, "file": o.file, "halt": o.halt, "operators": o.operators, "peer": o.peer,
-		"receive": o.receive, "run": o.run, "serve": o.serve, "tpm": o.tpm, "until": o.until,
+		"receive": o.receive, "run": o.run, "serve": o.serve, "sftp": o.sftp, "tpm": o.tpm, "until": o.until,
 	}
 	ran := t.Run("scripts", func(t *testing.T) {
 		testscript.Run(t, testscript.Params{
@@ -673,6 +674,20 @@ func (o *operations) tpm(ts *testscript.TestScript, neg bool, _ []string) {
 	w := stateOf(ts, neg)
 	w.tpm = tpmtest.New(w.t)
 	ts.Setenv("TPM2TOOLS_TCTI", "swtpm:path="+w.tpm.Socket)
+}
+
+// sftp implements "sftp KEY.pub", which starts an SFTP server that lets in a key, in the place of
+// the server of the configuration.
+func (o *operations) sftp(ts *testscript.TestScript, neg bool, args []string) {
+	w := stateOf(ts, neg)
+	server := mirrortest.New(w.t)
+	server.Authorize(strings.TrimSpace(string(w.read(args[0]))))
+	text := string(w.read("countersign.toml"))
+	const line = "sftp_host_keys = "
+	at := strings.Index(text, line) + len(line)
+	end := at + strings.Index(text[at:], "\n")
+	text = text[:at] + fmt.Sprintf("[%q]", server.HostKey) + text[end:]
+	w.write("countersign.toml", strings.Replace(text, "sftp://countersign@backup.example.com/pay1", server.URL(), 1))
 }
 
 // receive implements "receive FOLDER", which serves HTTP on port 9000 as a receiver of webhooks

@@ -279,6 +279,10 @@ type Backup struct {
 	// Total is the number of bytes to copy, of a backup that is being made. Size has those copied.
 	// A backup that is whole has no Total.
 	Total int64 `json:"total,omitempty"`
+
+	// Mirrored says whether the SFTP server has the file: "yes", "no", "sending", or "unknown"
+	// before the server was reached for the first time. Absent without a server.
+	Mirrored string `json:"mirrored,omitempty" enum:"yes,no,sending,unknown"`
 }
 
 // MadeBackup is a backup that was just made.

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,11 +20,19 @@ import (
 // backups makes, lists and prunes backups. countersignd verifies and restores them.
 func (t *tool) backups(act maker) *cobra.Command {
 	show := func(w io.Writer, all []api.Backup) {
-		fmt.Fprintln(w, "NAME\tMADE\tSIZE")
+		mirrored := slices.ContainsFunc(all, func(b api.Backup) bool { return b.Mirrored != "" })
+		head := "NAME\tMADE\tSIZE"
+		if mirrored {
+			head += "\tSFTP"
+		}
+		fmt.Fprintln(w, head)
 		for _, b := range all {
 			size := bytesText(b.Size)
 			if b.Total > 0 {
 				size += " of " + bytesText(b.Total) + " copied"
+			}
+			if mirrored {
+				size += "\t" + cmp.Or(b.Mirrored, "-") // a backup that is being made is not sent yet
 			}
 			fmt.Fprintf(w, "%s\t%s\t%s\n", b.Name, date(b.Made), size)
 		}

@@ -33,6 +33,7 @@ func (c *Config) access(path string) (all []error) {
 	check("the policy", c.Policy, unchanged)
 	check("the folder of the admin socket", filepath.Dir(c.AdminSocket), unchanged)
 	check("mail.password_file", c.Mail.PasswordFile, keystore.CheckSecret)
+	check("backup.sftp_key_file", c.Backup.SFTPKeyFile, keystore.CheckSecret)
 	check("mail.ca_file", c.Mail.CAFile, unchanged)
 	check("traces.ca_file", c.Traces.CAFile, unchanged)
 	for _, w := range c.Webhooks {

@@ -13,6 +13,7 @@ import (
 	"countersign/appliance"
 	"countersign/internal/backup"
 	"countersign/internal/cli"
+	"countersign/internal/mirror"
 	"countersign/internal/recipient"
 	"countersign/internal/schedule"
 )
@@ -37,6 +38,16 @@ type Backup struct {
 	// night. Each start of the daemon then makes a backup that the changes follow. Default: true.
 	// 256 MiB of the disk of folder stay free.
 	Lists bool `toml:"lists"`
+	// SFTP is the address of a folder on an SFTP server, to which all files of folder are carried:
+	// sftp://user@host:22/path. The path is absolute, and must exist. Default: none.
+	SFTP string `toml:"sftp"`
+	// SFTPKeyFile is the file with the SSH private key of the user at the server, without a
+	// passphrase, with mode 0600, or a credential of systemd (LoadCredential). The file is read at
+	// each connection. Required with sftp. Danger: the key can delete what is at the server.
+	SFTPKeyFile string `toml:"sftp_key_file"`
+	// SFTPHostKeys are the public keys of the server, such as ssh-ed25519 AAAA... Another server
+	// gets nothing. Required with sftp.
+	SFTPHostKeys []string `toml:"sftp_host_keys"`
 	// Daily, Weekly and Monthly are numbers of days, weeks and months, of each of which the newest
 	// backup is kept. The newest two are always kept. Defaults: 7, 5, 12. Older ones are removed
 	// after a backup of the schedule.
@@ -52,8 +63,9 @@ type Backup struct {
 }
 
 func defaultBackup() Backup {
-	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Lists: true, Daily: 7, Weekly: 5, Monthly: 12,
-		ProvenWithin: Duration(7 * 24 * time.Hour), HoldersWithin: Duration(100 * 24 * time.Hour)}
+	return Backup{Recipients: []string{}, Schedule: "17 2 * * *", Lists: true, SFTPHostKeys: []string{},
+		Daily: 7, Weekly: 5, Monthly: 12, ProvenWithin: Duration(7 * 24 * time.Hour),
+		HoldersWithin: Duration(100 * 24 * time.Hour)}
 }
 
 // check checks the fields.
@@ -63,6 +75,17 @@ func (b *Backup) check() error {
 		return errors.New("recipients are for a folder: set folder")
 	case b.Folder != "" && len(b.Recipients) == 0:
 		return errors.New("recipients are missing: nobody could read the backups (age-keygen makes a key)")
+	}
+	switch {
+	case b.SFTP == "" && (b.SFTPKeyFile != "" || len(b.SFTPHostKeys) > 0):
+		return errors.New("sftp is missing: sftp_key_file and sftp_host_keys are for a server, such as " +
+			"sftp://user@host:22/path")
+	case b.SFTP != "" && b.Folder == "":
+		return errors.New("folder is missing: what is in the folder is carried to sftp")
+	case b.SFTP != "":
+		if _, err := b.server(); err != nil {
+			return err
+		}
 	}
 	if b.Schedule != "none" {
 		if err := schedule.CheckWindow(b.Schedule); err != nil {
@@ -83,6 +106,11 @@ func (b *Backup) check() error {
 		}
 	}
 	return nil
+}
+
+// server is the SFTP server.
+func (b *Backup) server() (mirror.Server, error) {
+	return mirror.Parse(b.SFTP, b.SFTPKeyFile, b.SFTPHostKeys)
 }
 
 // backup returns what is backed up: the file of this configuration and the files it names, apart
@@ -121,6 +149,7 @@ func (c *Config) backup() appliance.BackupConfig {
 	add(backup.Authority, c.Traces.CAFile)
 	left("password of the mail server", c.Mail.PasswordFile)
 	left("headers for the collector of traces", c.Traces.HeadersFile)
+	left("SSH key for the SFTP server", c.Backup.SFTPKeyFile)
 	for _, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		t := c.Tokens[name]
 		left("PIN of the token "+name, cmp.Or(t.pinPath(), t.PINFile))
@@ -158,6 +187,10 @@ func (c *Config) backupLine() verdict {
 	if within := c.Backup.ProvenWithin.std(); within > 0 {
 		drills = "a drill must prove one within " + cli.FormatDuration(within) + " (countersign admin backup drill)"
 	}
-	return verdict{"partly", fmt.Sprintf("by %q, for %s; %s; %s", c.Backup.Schedule,
+	also := ""
+	if s, err := c.Backup.server(); c.Backup.SFTP != "" && err == nil {
+		also = " also to " + s.String() + ","
+	}
+	return verdict{"partly", fmt.Sprintf("by %q,%s for %s; %s; %s", c.Backup.Schedule, also,
 		cli.Count(len(c.Backup.Recipients), "recipient"), drills, keys)}
 }

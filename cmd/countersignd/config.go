@@ -676,7 +676,7 @@ func (c *Config) resolve(dir string) {
 	}
 	paths := []*string{
 		&c.AdminSocket, &c.KeysSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder, &c.Traces.HeadersFile,
-		&c.Traces.CAFile, &c.Backup.Folder,
+		&c.Traces.CAFile, &c.Backup.Folder, &c.Backup.SFTPKeyFile,
 	}
 	switch {
 	case c.History == "none":
@@ -704,6 +704,7 @@ func (c *Config) resolve(dir string) {
 			*p = filepath.Join(dir, *p)
 		}
 	}
+	c.Backup.SFTPKeyFile = credential(c.Backup.SFTPKeyFile)
 	for _, t := range c.Tokens {
 		t.PINFile = credential(t.PINFile)
 		t.journal = journal.Config{

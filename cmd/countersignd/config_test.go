@@ -7,11 +7,13 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"countersign/internal/alert"
+	"countersign/internal/backup"
 	"countersign/internal/ledger"
 )
 
@@ -379,14 +381,23 @@ const aRecipient = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac
 // TestBackupConfig checks the errors of the table of backups.
 func TestBackupConfig(t *testing.T) {
 	folder := "[backup]\nfolder = \"b\"\nrecipients = [\"" + aRecipient + "\"]\n"
+	server := "sftp = \"sftp://u@backup.example.com:2222/f\"\nsftp_host_keys = [\"" +
+		"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGPHSpuA2hgXhsrWNYjN9sJ7y3vD9v8rVdHnVnqZk5lH\"]\n"
+	keys := t.TempDir()
+	server += fmt.Sprintf("sftp_key_file = %q\n", filepath.Join(keys, "k"))
 	for config, want := range map[string]string{
-		"[backup]\nfolder = \"b\"\n":                        "backup.recipients are missing",
-		"[backup]\nrecipients = [\"" + aRecipient + "\"]\n": "backup.recipients are for a folder",
-		"[backup]\nfolder = \"b\"\nrecipients = [\"x\"]\n":  "backup.recipients: ",
-		folder + "schedule = \"nightly\"\n":                 "backup.schedule: ",
-		folder + "schedule = \"61 * * * *\"\n":              "backup.schedule: ",
-		folder + "daily = -1\n":                             "backup.daily must be",
-		folder + "weekly = 10001\n":                         "backup.weekly must be",
+		"[backup]\nfolder = \"b\"\n":                            "backup.recipients are missing",
+		"[backup]\nrecipients = [\"" + aRecipient + "\"]\n":     "backup.recipients are for a folder",
+		"[backup]\nfolder = \"b\"\nrecipients = [\"x\"]\n":      "backup.recipients: ",
+		folder + "schedule = \"nightly\"\n":                     "backup.schedule: ",
+		folder + "schedule = \"61 * * * *\"\n":                  "backup.schedule: ",
+		folder + "daily = -1\n":                                 "backup.daily must be",
+		folder + "weekly = 10001\n":                             "backup.weekly must be",
+		folder + "sftp_key_file = \"k\"\n":                      "backup.sftp is missing",
+		folder + strings.Replace(server, "ssh-ed25519 ", "", 1): "sftp_host_keys",
+		"[backup]\n" + server:                                   "backup.folder is missing",
+		folder + "sftp = \"sftp://a@b/c\"\n":                    "backup.sftp_key_file is missing",
+		folder + "sftp = \"sftp://a:secret@b/c\"\n":             "backup.sftp: a password is not used",
 	} {
 		if _, err := parseConfig("/etc/c.toml", []byte(least+config)); err == nil ||
 			!strings.Contains(err.Error(), want) {
@@ -401,5 +412,17 @@ func TestBackupConfig(t *testing.T) {
 	if b.Folder != "/etc/b" || len(b.To) != 1 || b.Schedule != "" || b.Keep.Daily != 7 || len(b.Files) != 3 ||
 		len(b.Left) != 1 || b.Left[0].Path != "/etc/pin" {
 		t.Errorf("%+v", b)
+	}
+	c, err = parseConfig("/etc/c.toml", []byte(least+"pin_file = \"pin\"\n"+folder+server))
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret := func(l backup.Left) bool { return l.Path == filepath.Join(keys, "k") }
+	if left := c.backup().Left; !slices.ContainsFunc(left, secret) {
+		t.Errorf("left out: %+v", left)
+	}
+	r := c.rights("/etc/c.toml", nil, nil)
+	if !r.Names || !slices.Contains(r.Connect, 2222) || !slices.Contains(r.Read, keys) {
+		t.Errorf("the daemon can't reach the server: %+v", r)
 	}
 }

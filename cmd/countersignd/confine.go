@@ -216,6 +216,10 @@ func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Right
 		r.Write = append(r.Write, folders(c.History)...)
 	}
 	r.Write = append(r.Write, absolute(c.Backup.Folder)...)
+	if s, err := c.Backup.server(); c.Backup.SFTP != "" && err == nil {
+		connect(s.Address)
+		r.Read = append(r.Read, folders(s.KeyFile)...)
+	}
 	for _, s := range c.Sinks {
 		switch {
 		case s.File != "":

@@ -24,6 +24,7 @@ import (
 	"countersign/internal/ledger"
 	"countersign/internal/logqueue"
 	"countersign/internal/meter"
+	"countersign/internal/mirror"
 	"countersign/internal/resource"
 	"countersign/internal/scrub"
 	"countersign/policy"
@@ -438,6 +439,7 @@ type parts struct {
 	app    *appliance.Appliance
 	meter  *meter.Meter
 	ship   *backup.Shipper  // of the lists of writes; nil: none are shipped
+	mirror *mirror.Mirror   // of the folder of backups; nil: there is no server
 	doubts []policy.Warning // about the policy of the start
 }
 
@@ -461,6 +463,14 @@ func open(ctx context.Context, c Config, log *slog.Logger) (p parts, err error) 
 			return p, err
 		}
 		config.Backup.Ship = p.ship
+	}
+	if c.Backup.SFTP != "" {
+		server, err := c.Backup.server()
+		if err != nil {
+			return p, configError{fmt.Errorf("config: backup.%w", err)}
+		}
+		p.mirror = mirror.New(c.Backup.Folder, server, log)
+		config.Backup.Mirror = p.mirror
 	}
 	if p.ledger, err = openLedger(c, p.meter, p.ship, false); err != nil {
 		return p, errors.Join(broken, fmt.Errorf("%s: %w", c.Ledger, err))
@@ -529,5 +539,8 @@ func (p parts) close(log *slog.Logger) {
 	}
 	if p.ship != nil {
 		p.ship.Close()
+	}
+	if p.mirror != nil { // with the last lists of the shipper
+		p.mirror.Close()
 	}
 }

@@ -32,7 +32,7 @@ func TestReference(t *testing.T) {
 	}
 	empty := defaults()
 	empty.Limits = c.Limits
-	comments := commentsOf(t, "config.go", "../../hsm/quirks.go")
+	comments := commentsOf(t, "config.go", "backup.go", "../../hsm/quirks.go")
 	var b strings.Builder
 	b.WriteString(referenceHead)
 	writeTable(t, &b, comments, "", reflect.ValueOf(empty))

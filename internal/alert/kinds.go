@@ -120,7 +120,7 @@ var (
 		cause.TokenJournal: Critical, cause.Launcher: Critical,
 
 		cause.RotationOverdue: Warning, cause.Locked: Warning, cause.Backup: Warning,
-		cause.Lists: Warning, cause.Unproven: Warning, cause.HoldersUnproven: Warning,
+		cause.Lists: Warning, cause.Mirror: Warning, cause.Unproven: Warning, cause.HoldersUnproven: Warning,
 		cause.TokenRedundancy: Warning, cause.TokenRestarts: Warning,
 		cause.KeyTwice: Warning, cause.CounterFailing: Warning, cause.BytesFull: Warning,
 		cause.NoncesShare: Warning, cause.NoncesFilling: Warning, cause.DiskFilling: Warning,

@@ -139,6 +139,8 @@ var (
 		"see the text; then: countersign admin backup create")
 	Lists = define("lists-late", "what was written lately is not beside a backup: a restore would lose it",
 		"see the text: the folder must take files, and countersign admin backup create must succeed")
+	Mirror = define("mirror-late", "the SFTP server lacks what the folder of backups has",
+		"see the text, and countersign admin backup list; what is lacking is sent by itself")
 	Unproven = define("backup-unproven", "no backup has been proven by a drill lately, or the last drill has failed",
 		"see the text, and countersign admin backup drill; then: countersignd drill")
 	HoldersUnproven = define("holders-unproven", "no drill with holders has shown lately that the recoverable keys come back",

@@ -232,6 +232,8 @@ var (
 		"Time since the newest backup in the folder. Absent without a backup.")
 	BackupBehind = define(Gauge, "backup_behind_seconds",
 		"Age of the oldest write that a restore would not have. Absent where no lists of writes are shipped.")
+	MirrorBehind = define(Gauge, "backup_mirror_behind_seconds",
+		"Time for which the SFTP server has lacked something of the folder of backups. Absent without a server.")
 	BackupProven = define(Gauge, "backup_proven_age_seconds",
 		"Time since the last drill that has proven a backup. Absent where none has.")
 	HoldersProven = define(Gauge, "holders_proven_age_seconds",
