@@ -159,14 +159,16 @@ func TestHoldersThatAreNone(t *testing.T) {
 		parameters []string
 		want       string
 	}{
-		"no number":       {[]string{"needed", "x", "holder_1", ann, "holder_2", bob}, "not a number"},
-		"one is enough":   {[]string{"needed", "1", "holder_1", ann, "holder_2", bob}, "1 of 2 holders"},
-		"one alone":       {[]string{"needed", "2", "holder_1", ann}, "2 of 1 holders"},
-		"nobody":          {[]string{"needed", "2"}, "2 of 0 holders"},
-		"a gap":           {[]string{"needed", "2", "holder_1", ann, "holder_3", bob}, "holder_2 is missing"},
-		"the same twice":  {[]string{"needed", "2", "holder_1", ann, "holder_2", "eve " + annsKey}, "twice"},
-		"no key":          {[]string{"needed", "2", "holder_1", ann, "holder_2", "bob"}, "holder bob"},
-		"a private key":   {[]string{"needed", "2", "holder_1", ann, "holder_2", "bob AGE-SECRET-KEY-1QQQ"}, "a private key"},
+		"no number":      {[]string{"needed", "x", "holder_1", ann, "holder_2", bob}, "not a number"},
+		"one is enough":  {[]string{"needed", "1", "holder_1", ann, "holder_2", bob}, "1 of 2 holders"},
+		"one alone":      {[]string{"needed", "2", "holder_1", ann}, "2 of 1 holders"},
+		"nobody":         {[]string{"needed", "2"}, "2 of 0 holders"},
+		"a gap":          {[]string{"needed", "2", "holder_1", ann, "holder_3", bob}, "holder_2 is missing"},
+		"the same twice": {[]string{"needed", "2", "holder_1", ann, "holder_2", "eve " + annsKey}, "twice"},
+		"no key":         {[]string{"needed", "2", "holder_1", ann, "holder_2", "bob"}, "holder bob"},
+		"a private key": {
+			[]string{"needed", "2", "holder_1", ann, "holder_2", "bob AGE-SECRET-KEY-1QQQ"}, "a private key",
+		},
 		"a terminal":      {[]string{"needed", "2", "holder_1", ann, "holder_2", "b\x1b " + bobsKey}, ""},
 		"another count":   {[]string{"needed", "2", "of", "3", "holder_1", ann, "holder_2", bob}, "2 are"},
 		"an old number":   {[]string{"needed", "2", "number", "7", "holder_1", ann, "holder_2", bob}, "number 0"},

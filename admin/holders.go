@@ -71,8 +71,8 @@ func setHolders(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 // warnSetHolders names the keys whose shares stay with the holders of before.
 func warnSetHolders(a *appliance.Appliance, _ parameters, _ []byte) []string {
 	if n := len(keyring.Recoverable(a.Keys.All())); n > 0 {
-		return []string{fmt.Sprintf("%d versions of keys have been sealed for earlier holders, who can still bring them "+
-			"back: rotate these keys twice, and their versions are sealed for the new holders", n)}
+		return []string{fmt.Sprintf("%d versions of keys have been sealed for earlier holders, who can still bring "+
+			"them back: rotate these keys twice, and their versions are sealed for the new holders", n)}
 	}
 	return nil
 }
@@ -81,7 +81,9 @@ func (s *server) holders(context.Context, caller, *none) (api.Holders, error) {
 	set := s.Appliance.Keys.Holders()
 	doc := api.Holders{Number: set.Number, Needed: set.Needed, Holders: []api.Holder{}, Keys: []string{}}
 	for _, h := range set.Holders {
-		doc.Holders = append(doc.Holders, api.Holder{Name: h.Name, Recipient: h.Recipient, Fingerprint: h.Fingerprint()})
+		doc.Holders = append(doc.Holders, api.Holder{
+			Name: h.Name, Recipient: h.Recipient, Fingerprint: h.Fingerprint(),
+		})
 	}
 	for _, k := range keyring.Recoverable(s.Appliance.Keys.All()) {
 		doc.Keys = append(doc.Keys, k.Ref().String())

@@ -320,8 +320,9 @@ func (s *server) routes() {
 		summary: "Remove the backups that the configuration does not keep",
 		roles:   of(administrator, operator, backup), refused: whileUninitialised})
 	route(s, s.holders, operation{
-		route: "GET /v1/holders", id: "holders", summary: "Show the recovery holders, and the keys that they can bring back",
-		roles: signedIn, refused: whileUninitialised})
+		route: "GET /v1/holders", id: "holders",
+		summary: "Show the recovery holders, and the keys that they can bring back",
+		roles:   signedIn, refused: whileUninitialised})
 	route(s, s.lastDrill, operation{
 		route: "GET /v1/drills", id: "drills", summary: "Show the last drill, which has restored a backup",
 		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})

@@ -52,8 +52,8 @@ func topicOf(t audit.Type) string {
 		audit.SignatureRejected, audit.ReplayRefused, audit.RateLimitTriggered, audit.HandshakeRefused, "":
 		return ""
 	case audit.KeyCreated, audit.KeyImported, audit.KeyCreationFailed, audit.KeyRotated, audit.KeyRotationFailed,
-		audit.KeyStateChanged, audit.KeyCommitted, audit.KeyRecovered, audit.KeyReturned, audit.RotationRequested, audit.RotationAnnounced,
-		audit.RotationCancelled, audit.LineChanged, audit.NoiseKeyAuthorized:
+		audit.KeyStateChanged, audit.KeyCommitted, audit.KeyRecovered, audit.KeyReturned, audit.RotationRequested,
+		audit.RotationAnnounced, audit.RotationCancelled, audit.LineChanged, audit.NoiseKeyAuthorized:
 		return api.TopicRotation
 	case audit.RotationKnown, audit.CompromiseKnown:
 		return api.TopicAcknowledgement

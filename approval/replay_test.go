@@ -287,7 +287,8 @@ func (s *scenario) gatedActs() []gatedAct {
 		{"key recover", []string{"key", "payments", "reason", "it burnt"}, audit.NewKeyRecovered(
 			audit.Actor{}, "payments/1000000", "payments/1", "payments/2", "it burnt", nil, time.Time{}), nil},
 		{"key set", []string{"key", "payments", "grace", "1", "presence", "0", "acknowledge", "all"}, weaker, nil},
-		{"holders set", []string{"number", "1", "needed", "2", "of", "2", "holder_1", "ann age1a", "holder_2", "bob age1b"},
+		{"holders set",
+			[]string{"number", "1", "needed", "2", "of", "2", "holder_1", "ann age1a", "holder_2", "bob age1b"},
 			audit.NewHoldersChanged(audit.Actor{}, 1, 2, []string{"ann age1a", "bob age1b"}), nil},
 		{"retention shorten", []string{"audit", "30d"}, shortened, nil},
 		{"hold release", []string{"epoch", "3", "name", "court", "reason", "court said so"}, released, nil},

@@ -170,7 +170,10 @@ func (s *system) seeds(file string) (all [][]byte) {
 	}
 	defer l.Close()
 	var sealed []keyring.Sealed
-	if err := l.View(func(v ledger.View) (err error) { sealed, _, err = keyring.ReadSealed(v); return err }); err != nil {
+	if err := l.View(func(v ledger.View) (err error) {
+		sealed, _, err = keyring.ReadSealed(v)
+		return err
+	}); err != nil {
 		s.t.Fatal(err)
 	}
 	for _, k := range sealed {
@@ -227,7 +230,8 @@ func TestHoldersReturnKeys(t *testing.T) {
 		t.Fatalf("%+v, %v", signed, err)
 	}
 	if out := s.must("admin", "holders", "show"); !strings.Contains(out, "set 1: 2 of 3") ||
-		!strings.Contains(out, "never") || !strings.Contains(out, "payments/3") || !strings.Contains(out, "ssh-ed25519 SHA256:") {
+		!strings.Contains(out, "never") || !strings.Contains(out, "payments/3") ||
+		!strings.Contains(out, "ssh-ed25519 SHA256:") {
 		t.Errorf("holders show: %s", out)
 	}
 	seeds := s.seeds(s.newBackup())
@@ -300,7 +304,8 @@ func TestHoldersReturnKeys(t *testing.T) {
 	if out, code := s.daemon("init", "--token", "main", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
 		t.Fatalf("init: %d\n%s", code, out)
 	}
-	if out, code := s.daemon("return-keys", "--request", s.path("x"), "--answers", s.dir, "--key", "payments/9"); code != 2 ||
+	none := []string{"return-keys", "--request", s.path("x"), "--answers", s.dir, "--key", "payments/9"}
+	if out, code := s.daemon(none...); code != 2 ||
 		!strings.Contains(out, "no recoverable version of this name") {
 		t.Errorf("a key that is none: %d\n%s", code, out)
 	}
@@ -346,7 +351,8 @@ func TestHoldersReturnKeys(t *testing.T) {
 		t.Errorf("%d events KeyReturned", returned)
 	}
 	var doc struct{ Keys []string }
-	if err := json.Unmarshal([]byte(s.must("admin", "holders", "show", "--json")), &doc); err != nil || len(doc.Keys) != 4 {
+	err = json.Unmarshal([]byte(s.must("admin", "holders", "show", "--json")), &doc)
+	if err != nil || len(doc.Keys) != 4 {
 		t.Errorf("%+v, %v", doc, err)
 	}
 }
@@ -375,7 +381,8 @@ func TestEverythingBurns(t *testing.T) {
 				line[i] = name + "=" + s.path(file)
 			}
 		}
-		if out, code := s.daemon(append(slices.Clone(newToken), line...)...); code != 2 || !strings.Contains(out, want) {
+		out, code := s.daemon(append(slices.Clone(newToken), line...)...)
+		if code != 2 || !strings.Contains(out, want) {
 			t.Errorf("%s: %d\n%s", args, code, out)
 		}
 	}
@@ -412,6 +419,12 @@ func TestEverythingBurns(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.shipped()
+	drill := s.ceremony("drill", "--holders", "--identity", s.path("recovery.key"), "--scratch", t.TempDir())
+	drill.give("bob")
+	drill.give("carol")
+	if out, code := drill.end(); code != 0 || !strings.Contains(out, "have brought back 6 recoverable keys") {
+		t.Fatalf("drill: %d\n%s", code, out)
+	}
 	appliance := strings.Split(s.must("admin", "audit", "key"), "/")[1]
 	p.stop()
 

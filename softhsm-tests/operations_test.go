@@ -156,8 +156,11 @@ type command struct {
 }
 
 // typists are the persons of the documents. dave is an auditor, shop a peer, builds a receiver of
-// webhooks, monitor a monitoring job, and signer signs updates.
-var typists = []string{"root", "ann", "bob", "dave", "shop", "builds", "monitor", "signer"}
+// webhooks, monitor a monitoring job, and signer signs updates. alice, carol and erin are recovery
+// holders.
+var typists = []string{
+	"root", "ann", "bob", "dave", "shop", "builds", "monitor", "signer", "alice", "carol", "erin",
+}
 
 // serves is the beginning of a command that ends when the daemon does.
 const serves = "countersignd serve "
@@ -512,9 +515,10 @@ func (o *operations) halt(ts *testscript.TestScript, neg bool, _ []string) {
 	w.process = nil
 }
 
-// appliance implements "appliance softhsm|tpm [OLD NEW]...", which sets up an appliance with a
-// policy for the peer shop and starts the daemon. The configuration is the one of the documents,
-// with each OLD replaced by NEW.
+// appliance implements "appliance softhsm|tpm|files [OLD NEW]...", which sets up an appliance with
+// a policy for the peer shop and starts the daemon. The configuration is the one of the documents,
+// with each OLD replaced by NEW. With files, the appliance is one of SoftHSM, and init is still to
+// come.
 func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []string) {
 	w := stateOf(ts, neg)
 	w.write("pin", userPIN+"\n")
@@ -534,6 +538,9 @@ func (o *operations) appliance(ts *testscript.TestScript, neg bool, args []strin
 		text = strings.Replace(text, pair[0], strings.ReplaceAll(pair[1], `\n`, "\n"), 1)
 	}
 	w.write("countersign.toml", w.localPaths(text))
+	if args[0] == "files" {
+		return
+	}
 	ts.Check(ts.Exec("countersignd", init...))
 	o.serve(ts, neg, nil)
 }

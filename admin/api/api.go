@@ -172,7 +172,7 @@ type NewKey struct {
 	Token     string `json:"token,omitempty" maxLength:"64" doc:"may be left out where there is only one"`
 	SeedFile  string `json:"seed_file,omitempty" maxLength:"4096" doc:"import: an absolute path on the appliance"`
 
-	Recoverable bool `json:"recoverable,omitempty" doc:"seal a copy for the recovery holders, of all versions, for ever"`
+	Recoverable bool `json:"recoverable,omitempty" doc:"seal a copy of all versions for the recovery holders"`
 }
 
 // Rollback reports whether the ledger is older than the monotonic counter of its device.

@@ -134,11 +134,12 @@ func (t *tool) giveShares() *cobra.Command {
 				fmt.Fprintf(w, "answer\t%s\nholder\t%s\nkeys\t%s\n", doc.File, doc.Holder, strings.Join(doc.Keys, ", "))
 			})
 		})
-	details(give, "The people of the drill or the recovery send the request, and read its code out by a call: the code\n"+
-		"shows that the request is theirs. Without --code, the request is shown and the code asked for. The\n"+
-		"answer is of use in that drill or recovery only. The private key stays with the holder.")
+	details(give, "The people of the drill or the recovery send the request, and read its code out by a call: the\n"+
+		"code shows that the request is theirs. Without --code, the request is shown and the code asked for.\n"+
+		"The answer is of use in that drill or recovery only. The private key stays with the holder.")
 	give.Example = "  countersign holder give drill.request --identity alice.key"
-	give.Flags().StringVar(&identity, "identity", "", "the holder's private key, a `file` of age-keygen or an SSH key (required)")
+	give.Flags().StringVar(&identity, "identity", "",
+		"the holder's private key, a `file` of age-keygen or an SSH key (required)")
 	give.Flags().StringVar(&code, "code", "", "the `code` of the request (default: asked for)")
 	give.Flags().StringVar(&to, "answer", "", "the `file` to write (default: beside the request)")
 	give.MarkFlagRequired("identity")
@@ -215,8 +216,8 @@ func (t *tool) showRequestTo(w io.Writer, b []byte, r escrow.Request, asJSON boo
 		escrow.ForDrill:    "a drill: the keys come back in a scratch appliance, sign once, and are destroyed",
 		escrow.ForRecovery: "a RECOVERY: the keys come back on tokens and go on signing",
 	}
-	fmt.Fprintf(w, "purpose     %s\nappliance   %s\nmachine     %s\nmade        %s\n", what[r.Purpose], r.Appliance, r.Machine,
-		doc.Made)
+	fmt.Fprintf(w, "purpose     %s\nappliance   %s\nmachine     %s\nmade        %s\n", what[r.Purpose], r.Appliance,
+		r.Machine, doc.Made)
 	for _, k := range doc.Keys {
 		fmt.Fprintf(w, "key         %s %s, by %d of %s\n", k.Key, k.PublicKey, k.Needed, strings.Join(k.Holders, ", "))
 	}

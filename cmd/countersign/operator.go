@@ -82,10 +82,10 @@ func (t *tool) adminKeys(act maker) *cobra.Command {
 			}
 			return t.print(k, func(w io.Writer) { showKey(w, k) })
 		})
-	details(create, "A key never leaves its token. With --recoverable, its seed is made by a key worker, which seals a\n"+
-		"copy for the recovery holders (countersign admin holders) before the token gets the key: any M of\n"+
-		"the N holders together can bring the key back, on another token too. All later versions of the key\n"+
-		"are made the same way. This is decided here, once, and shown for ever as the custody of the key.")
+	details(create, "A key never leaves its token. With --recoverable, a key worker makes its private key, and seals\n"+
+		"a copy for the recovery holders (countersign admin holders) before the token gets the key: any M\n"+
+		"of the N holders together can bring the key back, on another token too. All later versions of the\n"+
+		"key are made the same way. This is decided here, once, and shown for ever as the key's custody.")
 	create.Example = "  countersign admin key create payments\n" +
 		"  countersign admin key create invoices --recoverable\n" +
 		"  countersign admin key create tls --algorithm p256"

@@ -57,8 +57,8 @@ type Backup struct {
 	// ProvenWithin is the longest time between two drills (countersignd drill) that prove a backup.
 	// Beyond that the state has a cause, and an alert goes out. Default: 7d. 0s wants no drills.
 	ProvenWithin Duration `toml:"proven_within"`
-	// HoldersWithin is the same for drills with holders (countersignd drill --holders), where keys are
-	// recoverable. Default: 100d. 0s wants none.
+	// HoldersWithin is the same for drills with holders (countersignd drill --holders), where keys
+	// are recoverable. Default: 100d. 0s wants none.
 	HoldersWithin Duration `toml:"holders_proven_within"`
 }
 

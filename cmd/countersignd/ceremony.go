@@ -49,8 +49,8 @@ func (c *ceremony) flags(cmd *cobra.Command) {
 // open makes the file of the request, as a new one.
 func (c *ceremony) open() (err error) {
 	if c.request == "" || c.answers == "" {
-		return configError{errors.New("--request and --answers are needed: the file for the holders, and the folder for " +
-			"what they answer")}
+		return configError{errors.New("--request and --answers are needed: the file for the holders, and the folder " +
+			"for what they answer")}
 	}
 	if c.most, err = cli.ParseDuration(c.wait); err != nil {
 		return configError{fmt.Errorf("--wait: %w", err)}
@@ -62,7 +62,8 @@ func (c *ceremony) open() (err error) {
 	}
 	c.file, err = os.OpenFile(c.request, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		err = configError{fmt.Errorf("--request: %s exists: each drill and each return has a request of its own", c.request)}
+		err = configError{fmt.Errorf("--request: %s exists: each drill and each return has a request of its own",
+			c.request)}
 	}
 	return err
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/base32"
@@ -26,7 +27,6 @@ import (
 	"countersign/internal/cause"
 	"countersign/internal/cli"
 	"countersign/internal/escrow"
-	"countersign/internal/form"
 	"countersign/internal/gate"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
@@ -97,7 +97,8 @@ func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill,
 	}
 	if d.withHolders { // before the sandbox, too
 		if d.filesOnly {
-			return configError{errors.New("--holders: an appliance on scratch tokens is needed, and --files-only starts none")}
+			return configError{errors.New("--holders: an appliance on scratch tokens is needed, and --files-only " +
+				"starts none")}
 		}
 		if err := d.open(); err != nil {
 			return err
@@ -463,7 +464,8 @@ func (d drilling) start(
 	proven("it makes a key, which signs")
 	if !d.withHolders {
 		if len(sealed) > 0 {
-			r.Unproven = append(r.Unproven, "that holders bring the recoverable keys back: countersignd drill --holders")
+			r.Unproven = append(r.Unproven, "that holders bring the recoverable keys back: countersignd drill "+
+				"--holders")
 		}
 		return nil
 	}
@@ -480,8 +482,8 @@ func compareKeys(manifest []backup.Key, restored []*keyring.Key) error {
 	for _, m := range manifest {
 		k := keys[m.Ref]
 		if k == nil || hex.EncodeToString(k.Info().PublicKey) != m.PublicKey {
-			return fmt.Errorf("the manifest has key %v with the public key %s, and the restored appliance has not", m.Ref,
-				m.PublicKey)
+			return fmt.Errorf("the manifest has key %v with the public key %s, and the restored appliance has not",
+				m.Ref, m.PublicKey)
 		}
 		if m.Envelope == "" || k.State == keyring.Destroyed {
 			continue
@@ -502,7 +504,8 @@ func compareKeys(manifest []backup.Key, restored []*keyring.Key) error {
 	return nil
 }
 
-// returnKeys has holders bring the recoverable keys back onto scratch tokens, where each signs once.
+// returnKeys has holders bring the recoverable keys back onto scratch tokens, where each is used
+// once.
 func (d drilling) returnKeys(
 	ctx context.Context, b openedBackup, sealed []*keyring.Key, tokens map[string]keystore.Store, other string,
 	r *api.Drill, stdout io.Writer,
@@ -525,7 +528,7 @@ func (d drilling) returnKeys(
 	}
 	for _, k := range sealed {
 		store := tokens[k.Token]
-		if store == nil { // that of a recovery successor, in a safe
+		if store == nil { // the token of a recovery successor lies in a safe
 			store = tokens[other]
 		}
 		able, ok := store.(escrow.Store)
@@ -533,9 +536,11 @@ func (d drilling) returnKeys(
 			return fmt.Errorf("key %v: %w: the scratch token takes no seed", k.Ref(), keystore.ErrRefused)
 		}
 		back, err := able.Open(ctx, k.Info().Tag, k.Envelope, e.Shares(k.Envelope))
+		if err == nil && !bytes.Equal(back.Info().PublicKey, k.Info().PublicKey) {
+			err = fmt.Errorf("%w: it has another public key", keystore.ErrWrong)
+		}
 		if err == nil {
-			challenge := form.NewCanary()
-			_, err = back.Sign(ctx, challenge, func(sig []byte) bool { return k.Info().Verify(challenge, sig) })
+			err = keyring.ProveUse(ctx, back)
 		}
 		if err != nil {
 			return fmt.Errorf("key %v, by the holders %s: %w", k.Ref(), strings.Join(holders, ", "), err)
@@ -543,7 +548,7 @@ func (d drilling) returnKeys(
 		r.Keys = append(r.Keys, k.Ref().String())
 	}
 	r.Holders = holders
-	r.Proven = append(r.Proven, oneText(fmt.Sprintf("the holders %s have brought back %s, each of which has signed",
+	r.Proven = append(r.Proven, oneText(fmt.Sprintf("the holders %s have brought back %s, each of which was used once",
 		strings.Join(holders, ", "), cli.Count(len(sealed), "recoverable key"))))
 	return nil
 }

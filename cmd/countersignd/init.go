@@ -45,8 +45,8 @@ func (o *initOptions) readHolders() error {
 		return nil
 	}
 	if o.token != "" {
-		return configError{errors.New("--holder names the holders of a new appliance's own keys, and --token adds a token: " +
-			"countersign admin holders set names others")}
+		return configError{errors.New("--holder names the holders of a new appliance's own keys, and --token adds a " +
+			"token: countersign admin holders set names others")}
 	}
 	o.set = escrow.Set{Number: 1, Needed: o.needed}
 	for _, text := range o.holders {
@@ -81,7 +81,9 @@ func (o initOptions) nameHolders(ctx context.Context, keys *keyring.Ring, who au
 
 // makeOwn makes one of the appliance's own keys. With recovery holders, the key is recoverable,
 // apart from the P-256 keys of a TPM, which never leave it.
-func makeOwn(ctx context.Context, c Config, app *appliance.Appliance, who audit.Actor, name, token string) (*keyring.Key, error) {
+func makeOwn(
+	ctx context.Context, c Config, app *appliance.Appliance, who audit.Actor, name, token string,
+) (*keyring.Key, error) {
 	inTPM := (name == keyring.AdminName || name == keyring.CAName) && c.Tokens[token].TPM != ""
 	if app.Keys.Holders().Number == 0 || inTPM {
 		return app.Keys.CreateOwn(ctx, who, name, token)

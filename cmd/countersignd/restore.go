@@ -683,8 +683,8 @@ func (r restoring) look(
 			f.missing = append(f.missing, k.Ref)
 			f.spare[k.Ref] = spare
 		default:
-			return f, fmt.Errorf("token %[1]s: %[2]v: %[3]w; connect the token, or if it is lost, make an empty one in "+
-				"its place: countersignd init --token %[1]s --new-token", k.Token, k.Ref, err)
+			return f, fmt.Errorf("token %[1]s: %[2]v: %[3]w; connect the token, or if it is lost, make an empty one "+
+				"in its place: countersignd init --token %[1]s --new-token", k.Token, k.Ref, err)
 		}
 	}
 	for name, n := range recovery {

@@ -95,8 +95,8 @@ func (r returning) look(
 			}
 			store := tokens[s.Token]
 			if store == nil {
-				return fmt.Errorf("key %v: the configuration has no token %q: name the token that has its place so", s.Ref,
-					s.Token)
+				return fmt.Errorf("key %v: the configuration has no token %q: name the token that has its place so",
+					s.Ref, s.Token)
 			}
 			key, err := store.Key(ctx, s.Ref)
 			switch {
@@ -107,7 +107,8 @@ func (r returning) look(
 					hex.EncodeToString(s.PublicKey))
 				missing = append(missing, s)
 			case err == nil:
-				return fmt.Errorf("key %v: the token %s has another key under this name: take it away first", s.Ref, s.Token)
+				return fmt.Errorf("key %v: the token %s has another key under this name: take it away first",
+					s.Ref, s.Token)
 			default:
 				return fmt.Errorf("key %v: %w", s.Ref, err)
 			}

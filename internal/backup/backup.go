@@ -102,7 +102,7 @@ type Key struct {
 	PublicKey string             `json:"public_key"` // hexadecimal
 	// Recovery marks a recovery successor, whose token may lie in a safe.
 	Recovery bool `json:"recovery,omitempty"`
-	// Envelope is SHA-256 of the sealed seed of a recoverable key, which is in the ledger; hexadecimal.
+	// Envelope is SHA-256 of the envelope of a recoverable key, hexadecimal. The ledger has it.
 	Envelope string `json:"envelope,omitempty"`
 }
 

@@ -196,7 +196,8 @@ func TestRecipients(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := extract(t, b, wrong...); !errors.Is(err, recipient.ErrIdentity) || strings.Contains(err.Error(), "shut") {
+	_, err = extract(t, b, wrong...)
+	if !errors.Is(err, recipient.ErrIdentity) || strings.Contains(err.Error(), "shut") {
 		t.Errorf("a wrong passphrase: %v", err)
 	}
 }

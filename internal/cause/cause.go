@@ -143,7 +143,8 @@ var (
 		"see the text, and countersign admin backup list; what is lacking is sent by itself")
 	Unproven = define("backup-unproven", "no backup has been proven by a drill lately, or the last drill has failed",
 		"see the text, and countersign admin backup drill; then: countersignd drill")
-	HoldersUnproven = define("holders-unproven", "no drill with holders has shown lately that the recoverable keys come back",
+	HoldersUnproven = define("holders-unproven",
+		"no drill with holders has shown lately that the recoverable keys come back",
 		"see the text; then: countersignd drill --holders")
 	CounterFailing = define("counter-failing",
 		"the monotonic counter can't be incremented, so that a copy of the ledger made meanwhile is not detected",

@@ -3,10 +3,11 @@
 //
 // A private key has 32 bytes here: the seed of Ed25519 (RFC 8032), the scalar of X25519 (RFC 7748)
 // or the scalar of P-256, the highest byte first. Each envelope has an age key of its own
-// (https://age-encryption.org/v1), to which the private key is encrypted. That of age is a number below the order of the group ristretto255 (RFC 9496), and
-// is shared by Shamir's scheme over the numbers below that order. Each share is a line of text,
-// encrypted with age to the holder's public key. So age and a few lines of any language with large
-// integers can open an envelope, without this program; docs/SPEC.md has them.
+// (https://age-encryption.org/v1), to which the private key is encrypted. The private key of age is
+// a number below the order of the group ristretto255 (RFC 9496), and is shared by Shamir's scheme
+// over the numbers below that order. Each share is a line of text, encrypted with age to the
+// holder's public key. So age and a few lines of any language with large integers can open an
+// envelope, without this program; docs/SPEC.md has them.
 package escrow
 
 import (

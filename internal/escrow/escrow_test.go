@@ -122,7 +122,8 @@ func TestAnyEnoughOpen(t *testing.T) {
 // TestSharesAreFresh: a seed that is sealed again has other shares, each a number below the order.
 func TestSharesAreFresh(t *testing.T) {
 	p := newPeople(t, 2, 3)
-	order, _ := new(big.Int).SetString("7237005577332262213973186563042994240857116359379907606001950938285454250989", 10)
+	order, _ := new(big.Int).SetString("27742317777372353535851937790883648493", 10)
+	order.Add(order, new(big.Int).Lsh(big.NewInt(1), 252))
 	first := map[string]bool{}
 	for range 8 {
 		envelope := seal(t, payments, secret.New(bytes.Repeat([]byte{7}, 32)), p.set)
@@ -210,8 +211,9 @@ func TestShares(t *testing.T) {
 	second := p.shares(t, envelope, 1)[0]
 	for name, bad := range map[string]string{
 		"another key": p.shares(t, other, 1)[0], "sealed again": p.shares(t, again, 1)[0],
-		"another number": strings.Replace(second, " 2 ", " 3 ", 1), "no number": strings.Replace(second, " 2 ", " x ", 1),
-		"number 0": strings.Replace(second, " 2 ", " 0 ", 1), "beyond": strings.Replace(second, " 2 ", " 4 ", 1),
+		"another number": strings.Replace(second, " 2 ", " 3 ", 1),
+		"no number":      strings.Replace(second, " 2 ", " x ", 1),
+		"number 0":       strings.Replace(second, " 2 ", " 0 ", 1), "beyond": strings.Replace(second, " 2 ", " 4 ", 1),
 		"cut": second[:len(second)-2], "more": second + "\n", "empty": "", "capitals": strings.ToUpper(second),
 	} {
 		_, err := escrow.Open(envelope, []string{good, bad})
@@ -298,7 +300,8 @@ func TestCeremony(t *testing.T) {
 	if p.set.Holders[2], err = escrow.NewHolder("carol", string(ssh.MarshalAuthorizedKey(key))); err != nil {
 		t.Fatal(err)
 	}
-	if p.keys[2], err = recipient.ReadIdentities(file, func() ([]byte, error) { return []byte("open"), nil }); err != nil {
+	opens := func() ([]byte, error) { return []byte("open"), nil }
+	if p.keys[2], err = recipient.ReadIdentities(file, opens); err != nil {
 		t.Fatal(err)
 	}
 	old := p.set
@@ -328,10 +331,12 @@ func TestCeremony(t *testing.T) {
 		}
 		return answer
 	}
-	if _, _, err := escrow.Give(c.Request(), escrow.Code(begin().Request()), p.keys[0]); !errors.Is(err, escrow.ErrCode) {
+	_, _, err = escrow.Give(c.Request(), escrow.Code(begin().Request()), p.keys[0])
+	if !errors.Is(err, escrow.ErrCode) {
 		t.Errorf("the code of another request: %v", err)
 	}
-	if _, _, err := escrow.Give(c.Request(), escrow.Code(c.Request()), newPeople(t, 2, 2).keys[0]); !errors.Is(err, escrow.ErrNone) {
+	_, _, err = escrow.Give(c.Request(), escrow.Code(c.Request()), newPeople(t, 2, 2).keys[0])
+	if !errors.Is(err, escrow.ErrNone) {
 		t.Errorf("a stranger gives: %v", err)
 	}
 	if n, keys := c.Wanting(); n != 2 || len(keys) != 2 {

@@ -17,7 +17,7 @@ import (
 // A recoverable key has an envelope: its seed, sealed for M of N recovery holders (package escrow).
 // The invariant:
 //
-//   - A line is recoverable from its first version on or never, and so is each version that follows.
+//   - A line is recoverable from its first version on or never, and so is each later version.
 //   - The transaction that brings a version of such a line out of the state making also writes its
 //     envelope, and the event has the envelope's SHA-256. The key worker that made the seed has
 //     opened the envelope before the token got the key. So no version is in use without a copy that
@@ -102,8 +102,8 @@ func (r *Ring) setHolders(ctx context.Context, who audit.Actor, s escrow.Set) er
 func (r *Ring) mayMakeRecoverable(n NewKey) error {
 	switch {
 	case n.Seed != "":
-		return fmt.Errorf("%w: an imported seed has a copy elsewhere already: a recoverable key is made by the appliance",
-			manage.ErrInvalid)
+		return fmt.Errorf("%w: an imported seed has a copy elsewhere already: a recoverable key is made by the "+
+			"appliance", manage.ErrInvalid)
 	case r.Holders().Number == 0:
 		return fmt.Errorf("%w: there are no recovery holders yet: countersign admin holders set", manage.ErrConflict)
 	}

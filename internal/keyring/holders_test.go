@@ -177,11 +177,12 @@ func TestRecoverySuccessorOfARecoverableLine(t *testing.T) {
 	r.checkEnvelopes(t, versions)
 }
 
-// TestRecoverableOwnKeys: with holders from the beginning, the appliance's own keys are recoverable,
-// and so are their later versions. Later nobody names holders without approval.
+// TestRecoverableOwnKeys: with holders from the beginning, the appliance's own keys are
+// recoverable, and so are their later versions. Later nobody names holders without approval.
 func TestRecoverableOwnKeys(t *testing.T) {
 	r := newRig(t)
-	if err := r.Keys.FirstHolders(t.Context(), operator, r.newSet(t, 2, "ann", "bob")); !errors.Is(err, manage.ErrConflict) {
+	err := r.Keys.FirstHolders(t.Context(), operator, r.newSet(t, 2, "ann", "bob"))
+	if !errors.Is(err, manage.ErrConflict) {
 		t.Errorf("with a key: %v", err)
 	}
 	r.setHolders(t, 2, "ann", "bob")

@@ -230,7 +230,7 @@ func (r *Ring) Prove(ctx context.Context, k *Key) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, r.RequestTimeout)
 	defer cancel()
 	if k.Info().Algorithm == keystore.X25519 {
-		err = proveExchange(ctx, k)
+		err = proveExchange(ctx, k.In(Own))
 	} else {
 		err = k.signCanary(ctx, k.inUse)
 	}
@@ -251,7 +251,18 @@ func (k *Key) signCanary(ctx context.Context, may func() error) error {
 	return err
 }
 
-func proveExchange(ctx context.Context, k *Key) error {
+// ProveUse has a device use a private key once, and checks the result. The key need not be in a
+// ring.
+func ProveUse(ctx context.Context, k keystore.Key) error {
+	if k.Info().Algorithm == keystore.X25519 {
+		return proveExchange(ctx, k)
+	}
+	message := form.NewCanary()
+	_, err := k.Sign(ctx, message, func(signature []byte) bool { return k.Info().Verify(message, signature) })
+	return err
+}
+
+func proveExchange(ctx context.Context, k keystore.Key) error {
 	other, err := ecdh.X25519().GenerateKey(rand.Reader)
 	if err != nil {
 		return err
@@ -264,7 +275,7 @@ func proveExchange(ctx context.Context, k *Key) error {
 	if err != nil {
 		return err
 	}
-	got, err := k.Exchange(ctx, Own, [32]byte(other.PublicKey().Bytes()))
+	got, err := k.Exchange(ctx, [32]byte(other.PublicKey().Bytes()))
 	if err == nil && !bytes.Equal(got[:], want) {
 		err = keystore.ErrWrong
 	}

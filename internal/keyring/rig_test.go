@@ -128,7 +128,9 @@ func (r *rig) tryOpen(t *testing.T) error {
 	}
 	log, day := slog.New(slog.DiscardHandler), 24*time.Hour
 	monitor := resource.NewMonitor(log, r.limits.RequestTimeout)
-	stores := map[string]keystore.Store{"memory": keystoretest.Sealing{Store: form.Guard(r.store, nil), Memory: r.store}}
+	stores := map[string]keystore.Store{"memory": keystoretest.Sealing{
+		Store: form.Guard(r.store, nil), Memory: r.store,
+	}}
 	maps.Copy(stores, r.more)
 	a, err := appliance.New(t.Context(), appliance.Config{
 		Limits: r.limits, Monitor: monitor,

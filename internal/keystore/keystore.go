@@ -44,9 +44,9 @@ const (
 	// and only in the machine state of the key's policy (PCR values). In use the key is in the
 	// protected memory of a key worker.
 	TPMSealed Custody = "tpm-sealed"
-	// HSMRecoverable and TPMRecoverable keys were made by a key worker, whose last act was to seal the
-	// seed for M of N recovery holders (package escrow). In the token and in use such a key is as an
-	// HSMResident or TPMSealed one.
+	// HSMRecoverable and TPMRecoverable keys were made by a key worker, which has sealed them for M
+	// of N recovery holders (package escrow). In the token and in use such a key is as an HSMResident
+	// or TPMSealed one.
 	HSMRecoverable Custody = "hsm-recoverable"
 	TPMRecoverable Custody = "tpm-recoverable"
 )
@@ -234,8 +234,8 @@ type Store interface {
 // SeedImporter is a Store in the process with the device. A key worker makes seeds, see package
 // escrow.
 type SeedImporter interface {
-	// ImportSeed is Store.Import with a private key in memory, of the form that package escrow has. The
-	// private key belongs to the caller.
+	// ImportSeed is Store.Import with a private key in memory, of the form that package escrow has.
+	// The private key belongs to the caller.
 	ImportSeed(ctx context.Context, ref Ref, alg Algorithm, seed secret.Bytes, tag Tag) (Key, error)
 }
 

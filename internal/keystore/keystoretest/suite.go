@@ -283,8 +283,8 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			} else if err != nil {
 				t.Fatal(err)
 			}
-			if i := k.Info(); !i.Custody.Recoverable() && i.Custody != "memory" || i.Provenance.String() != "imported" ||
-				i.Ref != ref || i.Tag != tag {
+			if i := k.Info(); !i.Custody.Recoverable() || i.Provenance.String() != "imported" || i.Ref != ref ||
+				i.Tag != tag {
 				t.Errorf("%+v", i)
 			}
 			use(k)
