@@ -53,6 +53,7 @@ func inDays(n int) string { return time.Now().AddDate(0, 0, n).UTC().Format(time
 // returns the parameters of the proposal as names and values.
 var actCases = map[string]func(r *rig, root *api.Client) []string{
 	approval.ActBackupRestore: nil, // not on a running appliance
+	approval.ActFactoryReset:  nil, // nor this
 	approval.ActScraperAdd: func(*rig, *api.Client) []string {
 		return []string{"name", "prometheus", "token_sha256", strings.Repeat("0a", 32), "expires", inDays(365)}
 	},

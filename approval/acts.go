@@ -39,6 +39,7 @@ const (
 	ActHardwareKeys     = "approvals hardware"
 	ActScraperAdd       = "scraper add"
 	ActBackupRestore    = "backup restore"
+	ActFactoryReset     = "factory reset"
 )
 
 // gate connects an act with its proposers, and with the event that records the act in the log.
@@ -181,6 +182,10 @@ var gates = []gate{
 	{ActBackupRestore, administrators, audit.BackupRestored, nil,
 		func(_ string, m map[string]string) []Parameter {
 			return []Parameter{{"sha256", m["sha256"]}, {"replaces", m["replaces"]}}
+		}},
+	{ActFactoryReset, administrators, audit.FactoryResetBegun, nil,
+		func(_ string, m map[string]string) []Parameter {
+			return []Parameter{{"machine", m["machine"]}, {"ledger", m["ledger"]}, {"keys", m["keys"]}}
 		}},
 	{ActScraperAdd, administrators, audit.ScraperAdded, nil, func(resource string, m map[string]string) []Parameter {
 		return []Parameter{{"name", resource}, {"token_sha256", m["token_sha256"]}, {"expires", m["expires"]}}

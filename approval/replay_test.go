@@ -300,6 +300,8 @@ func (s *scenario) gatedActs() []gatedAct {
 				Metadata: with("token_sha256", "ab", "expires", "2027-06-01T00:00:00Z")}, nil},
 		{"backup restore", []string{"sha256", "ab", "replaces", "none"},
 			audit.Event{Type: audit.BackupRestored, Metadata: with("sha256", "ab", "replaces", "none")}, nil},
+		{"factory reset", []string{"machine", "pay-1", "ledger", "12 events", "keys", "main: 4"},
+			audit.NewFactoryResetBegun(audit.Actor{}, "pay-1", "12 events", "main: 4"), nil},
 		{"approvals hardware", []string{"required", "no"},
 			audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "no")}, nil},
 		{"approvals needed", []string{"needed", "1"},
@@ -394,7 +396,7 @@ func TestEveryActHasACase(t *testing.T) {
 
 func TestReplay(t *testing.T) {
 	s := beginning(t)
-	for _, g := range s.gatedActs()[:18] {
+	for _, g := range s.gatedActs()[:19] {
 		s.carryOut(both, g.event, g.act, g.parameters...)
 	}
 	// Acts that do not widen a permission need no approval.

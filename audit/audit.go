@@ -99,8 +99,9 @@ const (
 	BackupFailed        Type = "BackupFailed"
 	BackupProven        Type = "BackupProven" // a drill has restored a backup
 	DrillFailed         Type = "DrillFailed"
-	BackupsPruned       Type = "BackupsPruned"  // metadata names
-	BackupRestored      Type = "BackupRestored" // metadata sha256, made, replaces, timestamp_after
+	BackupsPruned       Type = "BackupsPruned"     // metadata names
+	BackupRestored      Type = "BackupRestored"    // metadata sha256, made, replaces, timestamp_after
+	FactoryResetBegun   Type = "FactoryResetBegun" // metadata machine, ledger, keys
 	RetentionChanged    Type = "RetentionChanged"
 	RetentionApplied    Type = "RetentionApplied" // names the dropped epoch, or the bound before which receipts go
 	LegalHoldSet        Type = "LegalHoldSet"
@@ -156,8 +157,8 @@ var kinds = map[Type]Kind{
 	ProposalWithdrawn: Other, ProposalExpired: Other, ProposalRun: Other, ProposalDone: Other,
 	CertificateChanged: Other, CertificateSigned: Other,
 	Locked: Other, Unlocked: Other, BackupMade: Other, BackupFailed: Other, BackupsPruned: Other, BackupProven: Other,
-	DrillFailed:      Other,
-	BackupRestored:   Other,
+	DrillFailed:    Other,
+	BackupRestored: Other, FactoryResetBegun: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
 	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LogLevelChanged: Other,

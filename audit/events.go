@@ -554,6 +554,12 @@ func NewBackupRestored(who Actor, digest string, made time.Time, replaces string
 		"made", made.UTC().Format(time.RFC3339), "replaces", replaces, "timestamp_after", decimal(after))
 }
 
+// NewFactoryResetBegun records that the appliance is about to be destroyed: the machine, what the
+// ledger was, and which keys go. A log with this event and later ones was saved from a reset.
+func NewFactoryResetBegun(who Actor, machine, ledger, keys string) Event {
+	return newEvent(FactoryResetBegun, who, "factory reset", "", "machine", machine, "ledger", ledger, "keys", keys)
+}
+
 // NewBackupProven records a drill, which has restored a backup (see NewBackupMade) where nobody can
 // reach the result: the events in the tree of the backup, the time that the ledger with its lists
 // of writes reaches, and what was proven and what could not be. holders have brought the

@@ -147,7 +147,11 @@ type operatorAct struct {
 }
 
 func (r *Registry) operatorActs() map[string]Act {
-	acts := map[string]Act{approval.ActScraperAdd: r.scraperAct(), approval.ActBackupRestore: restoreAct()}
+	acts := map[string]Act{
+		approval.ActScraperAdd:    r.scraperAct(),
+		approval.ActBackupRestore: offlineAct(approval.ActBackupRestore, "restored", "restore FILE"),
+		approval.ActFactoryReset:  offlineAct(approval.ActFactoryReset, "reset", "factory-reset"),
+	}
 	for action, own := range map[string]operatorAct{
 		approval.ActOperatorAdd:      {[]string{"name", "roles", "credential"}, r.addOperator},
 		approval.ActOperatorRoles:    {[]string{"name", "roles"}, setRoles},

@@ -179,12 +179,12 @@ func (o Offline) Write(
 	return put(tx, rec, done)
 }
 
-// restoreAct is the restore of a backup, which is approved and done without the daemon.
-func restoreAct() Act {
-	err := fmt.Errorf("%w: a running appliance is not restored: stop the daemon, then: countersignd restore FILE",
-		manage.ErrConflict)
+// offlineAct is an act that is approved and done without the daemon, by a command of countersignd.
+func offlineAct(act, done, command string) Act {
+	err := fmt.Errorf("%w: a running appliance is not %s: stop the daemon, then: countersignd %s", manage.ErrConflict,
+		done, command)
 	return Act{
-		Roles: approval.Proposers(approval.ActBackupRestore),
+		Roles: approval.Proposers(act),
 		Check: func([]approval.Parameter, []byte) ([]approval.Parameter, error) { return nil, err },
 		Run:   func(context.Context, audit.Actor, []approval.Parameter, []byte) error { return err },
 	}
