@@ -163,6 +163,25 @@ func (s *Store) IncrementCounter(ctx context.Context, owner keystore.Owner) (val
 	return value, err
 }
 
+// UndefineCounter removes the counter's NV index, if the index is the owner's counter.
+func (s *Store) UndefineCounter(ctx context.Context, owner keystore.Owner) error {
+	return s.bus.use(ctx, func(t transport.TPM) error {
+		_, index, err := s.counter(t, owner)
+		if errors.Is(err, keystore.ErrNotFound) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		_, err = tpm2.NVUndefineSpace{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s.srk.session()}, NVIndex: index,
+		}.Execute(t)
+		if err != nil {
+			return ownerError("TPM2_NV_UndefineSpace", err)
+		}
+		return nil
+	})
+}
+
 // read returns the value of the monotonic counter.
 func (s *Store) read(t transport.TPM, owner keystore.Owner) (uint64, error) {
 	auth, index, err := s.counter(t, owner)

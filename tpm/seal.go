@@ -2,6 +2,7 @@ package tpm
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/asn1"
@@ -184,6 +185,22 @@ func makeSRK(t transport.TPM, handle tpm2.TPMHandle) (storageKey, error) {
 		return p, ownerError("TPM2_EvictControl", err)
 	}
 	return readSRK(t, handle)
+}
+
+// EvictStorageRoot removes the storage root key from its persistent handle. The key itself is made
+// of the owner's seed and a template: anybody can have the TPM make the same key again.
+func (s *Store) EvictStorageRoot(ctx context.Context) error {
+	return s.bus.use(ctx, func(t transport.TPM) error {
+		_, err := tpm2.EvictControl{
+			Auth:             tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
+			ObjectHandle:     tpm2.NamedHandle{Handle: s.srk.handle, Name: s.srk.name},
+			PersistentHandle: s.srk.handle,
+		}.Execute(t)
+		if err != nil {
+			return ownerError("TPM2_EvictControl", err)
+		}
+		return nil
+	})
 }
 
 // checkSRK returns the storage root key if the key has the given name. Another TPM, and a TPM that
@@ -488,8 +505,8 @@ func ownerError(command string, err error) error {
 	if errors.Is(err, tpm2.TPMRCAuthFail) || errors.Is(err, tpm2.TPMRCBadAuth) {
 		return fmt.Errorf("tpm: %w: %s: the owner of this TPM has a password, which countersignd does not have; "+
 			"take it off (tpm2_changeauth -c owner -p PASSWORD), run the command again, "+
-			"and set it again (tpm2_changeauth -c owner PASSWORD): only new counters and storage root keys "+
-			"need the owner: %v", keystore.ErrRefused, command, err)
+			"and set it again (tpm2_changeauth -c owner PASSWORD): only counters and storage root keys that are "+
+			"made or given back need the owner: %v", keystore.ErrRefused, command, err)
 	}
 	return deviceError(command, err)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -218,6 +219,54 @@ func TestCountersOfOthers(t *testing.T) {
 	}
 	if value, err := other.ReadCounter(t.Context(), second); err != nil || value == 0 {
 		t.Errorf("the counter at another index: %d, %v", value, err)
+	}
+}
+
+// TestGivenBack gives the counter and the storage root key back. Another's counter stays, a later
+// counter begins above the value of the first one, and a call that comes again finds nothing.
+func TestGivenBack(t *testing.T) {
+	e := tpmtest.New(t)
+	c := config(t, e)
+	before := e.Lasting(t)
+	s := open(t, c)
+	defer s.Close()
+	owner := keystore.Owner{1}
+	if err := s.DefineCounter(t.Context(), owner); err != nil {
+		t.Fatal(err)
+	}
+	value, err := s.ReadCounter(t.Context(), owner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	says(t, "another's", s.UndefineCounter(t.Context(), keystore.Owner{2}), keystore.ErrUnfit, "another countersign")
+	if got := e.Counter(t); got != value {
+		t.Errorf("the counter is %d after another owner's call, before %d", got, value)
+	}
+	e.OwnerPassword(t, "", "secret")
+	says(t, "with a password", s.UndefineCounter(t.Context(), owner), keystore.ErrRefused, "tpm2_changeauth")
+	says(t, "with a password", s.EvictStorageRoot(t.Context()), keystore.ErrRefused, "tpm2_changeauth")
+	e.OwnerPassword(t, "secret", "")
+	for range 2 {
+		if err := s.UndefineCounter(t.Context(), owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err = s.ReadCounter(t.Context(), owner)
+	says(t, "the counter", err, keystore.ErrNotFound)
+	if err := s.DefineCounter(t.Context(), owner); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := s.ReadCounter(t.Context(), owner); err != nil || again <= value {
+		t.Errorf("the next counter is %d (%v), and the one before was %d", again, err, value)
+	}
+	if err := errors.Join(s.UndefineCounter(t.Context(), owner), s.EvictStorageRoot(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if after := e.Lasting(t); !slices.Equal(after, before) {
+		t.Errorf("the TPM has %v, before %v", after, before)
+	}
+	if err := s.EvictStorageRoot(t.Context()); err == nil {
+		t.Error("a storage root key that is gone was given back")
 	}
 }
 

@@ -185,6 +185,22 @@ func (g *guarded) IncrementCounter(ctx context.Context, owner keystore.Owner) (u
 	return c.IncrementCounter(ctx, owner)
 }
 
+func (g *guarded) UndefineCounter(ctx context.Context, owner keystore.Owner) error {
+	c, err := g.counter()
+	if err != nil {
+		return err
+	}
+	return c.UndefineCounter(ctx, owner)
+}
+
+// EvictStorageRoot is the method of keystore.Rooted: that of the store, if it has such a key.
+func (g *guarded) EvictStorageRoot(ctx context.Context) error {
+	if r, ok := g.Store.(keystore.Rooted); ok {
+		return r.EvictStorageRoot(ctx)
+	}
+	return fmt.Errorf("%w: this device has no storage root key", keystore.ErrRefused)
+}
+
 func (g *guarded) counter() (keystore.Counter, error) {
 	if c, ok := g.Store.(keystore.Counter); ok {
 		return c, nil

@@ -391,6 +391,17 @@ type Counter interface {
 	// IncrementCounter adds one and returns the new value. After an error the counter may have the
 	// old value or the new one.
 	IncrementCounter(ctx context.Context, owner Owner) (uint64, error)
+	// UndefineCounter gives the owner's counter back to the device. Without such a counter there is
+	// nothing to do. A later counter of the device begins above the value of this one.
+	UndefineCounter(ctx context.Context, owner Owner) error
+}
+
+// Rooted is a Store whose keys hang on a storage root key in its device.
+type Rooted interface {
+	// EvictStorageRoot gives the handle of the storage root key back. No key of the store can be
+	// used afterwards, and neither can those of other programs below the same key, until somebody
+	// makes the same key again.
+	EvictStorageRoot(ctx context.Context) error
 }
 
 // Owner is the random identifier of a counter's owner. The zero Owner has a counter without a mark:

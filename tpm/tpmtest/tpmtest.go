@@ -122,6 +122,20 @@ func (e *Emulator) Handles(t testing.TB) (n int) {
 	return n
 }
 
+// Lasting returns the handles of the persistent objects and of the NV indices, as another program
+// lists them.
+func (e *Emulator) Lasting(t testing.TB) (handles []string) {
+	t.Helper()
+	for _, kind := range []string{"handles-persistent", "handles-nv-index"} {
+		for line := range strings.Lines(string(e.tool(t, "tpm2_getcap", kind))) {
+			if _, handle, is := strings.Cut(strings.TrimSpace(line), "- "); is {
+				handles = append(handles, handle)
+			}
+		}
+	}
+	return handles
+}
+
 // counter is the NV index of package tpm's monotonic counter.
 const counter = "0x01800c51"
 

@@ -313,7 +313,7 @@ func (p *Pool) Records(ctx context.Context, after string) (all map[string][]byte
 }
 
 // DefineCounter is one of the methods of keystore.Counter. On a device without a monotonic counter
-// all three methods give keystore.ErrRefused.
+// all of them give keystore.ErrRefused.
 func (p *Pool) DefineCounter(ctx context.Context, owner keystore.Owner) error {
 	return p.request(ctx, false, call{Op: opDefine, Owner: owner}, nil)
 }
@@ -328,4 +328,15 @@ func (p *Pool) ReadCounter(ctx context.Context, owner keystore.Owner) (value uin
 func (p *Pool) IncrementCounter(ctx context.Context, owner keystore.Owner) (value uint64, err error) {
 	err = p.request(ctx, true, call{Op: opIncrement, Owner: owner}, decodeInto(&value))
 	return value, err
+}
+
+// UndefineCounter gives the counter back to the device.
+func (p *Pool) UndefineCounter(ctx context.Context, owner keystore.Owner) error {
+	return p.request(ctx, false, call{Op: opUndefine, Owner: owner}, nil)
+}
+
+// EvictStorageRoot gives the handle of the storage root key back. A second call would find another
+// key there, or none.
+func (p *Pool) EvictStorageRoot(ctx context.Context) error {
+	return p.request(ctx, true, call{Op: opEvict}, nil)
 }

@@ -45,6 +45,7 @@ const (
 	opTry                          = "try the journal"
 	opRecords                      = "records"
 	opDefine, opRead, opIncrement  = "define counter", "read counter", "rise counter"
+	opUndefine, opEvict            = "undefine counter", "evict storage root"
 )
 
 // LogIn asks for permission to log in to the device and runs logIn if permission is granted; see
@@ -283,8 +284,13 @@ func (w *server) do(ctx context.Context, c call) ([]byte, error) {
 		if store, ok := w.store.(keystore.Recorder); ok {
 			answer, err = store.Records(ctx, c.Path)
 		}
-	case opDefine, opRead, opIncrement:
+	case opDefine, opRead, opIncrement, opUndefine:
 		answer, err = w.counterOp(ctx, c.Op, c.Owner)
+	case opEvict:
+		err = fmt.Errorf("%w: this device has no storage root key", keystore.ErrRefused)
+		if store, ok := w.store.(keystore.Rooted); ok {
+			err = store.EvictStorageRoot(ctx)
+		}
 	default:
 		err = fmt.Errorf("key worker: there is no operation %q", c.Op)
 	}
@@ -305,6 +311,8 @@ func (w *server) counterOp(ctx context.Context, op string, owner keystore.Owner)
 		err = fmt.Errorf("%w: this device has no counter", keystore.ErrRefused)
 	case op == opDefine:
 		err = counter.DefineCounter(ctx, owner)
+	case op == opUndefine:
+		err = counter.UndefineCounter(ctx, owner)
 	case op == opRead:
 		value, err = counter.ReadCounter(ctx, owner)
 	default:
