@@ -109,9 +109,10 @@ func (o Offline) Same(text string, now *approval.Proposal) (*approval.Proposal, 
 
 // Signed is an approval by an SSH key.
 type Signed struct {
-	Operator string
-	proof    approval.Proof
-	hardware bool
+	Operator  string
+	PublicKey string // of the credential, as in authorized_keys
+	proof     approval.Proof
+	hardware  bool
 }
 
 // Approve verifies signatures (SSHSIG, armored) over the text of a proposal, each by another
@@ -144,7 +145,7 @@ func (o Offline) signer(p *approval.Proposal, armored string) (Signed, error) {
 			case err == nil && p.NeedsHardware(o.people.hardware) && !v.Hardware:
 				last = errors.New("it must be by a FIDO key that asks for its PIN")
 			case err == nil:
-				return Signed{name, proof.Canonical(), v.Hardware}, nil
+				return Signed{name, c.PublicKey, proof.Canonical(), v.Hardware}, nil
 			}
 		}
 	}
