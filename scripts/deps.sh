@@ -44,6 +44,7 @@ if [ "$for" = test ]; then
   need python3 command -v python3       # reads the CSV of a report as a spreadsheet does
   need systemd command -v systemd-analyze # for the units of packaging/systemd
   need chromium command -v chromium     # for tests of passkeys in a browser
+  need fuse2fs command -v fuse2fs       # for the image of a disk that is searched after a factory reset
   ((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root
 fi
 

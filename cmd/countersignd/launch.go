@@ -27,6 +27,9 @@ const launcherCommand = "launcher"
 // itself, and must find the same configuration. soPINFile is the security officer's PIN for a token
 // to be made, or "".
 func withLauncher(path, soPINFile string, c Config, do func(Config) error) error {
+	if err := c.refuseReset(); err != nil {
+		return err
+	}
 	l, err := c.startLauncher(path, soPINFile)
 	if err != nil {
 		return err

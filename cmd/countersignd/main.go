@@ -309,6 +309,43 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	returns.flags(returnCmd)
 	returnCmd.Flags().StringSliceVar(&returns.only, "key", nil,
 		"a `version`, such as payments/1, to return; can be repeated (default: all that are missing)")
+	resets := resetting{extent: extent{FreeSpace: true}}
+	resetCmd := &cobra.Command{
+		Use:   "factory-reset",
+		Short: "Destroy the appliance: its keys on all tokens, its counter, its files",
+		Example: "  countersignd factory-reset --proposer ann --text reset.txt\n" +
+			"  ssh-keygen -Y sign -n countersign-proposal-v1 -f ann.key reset.txt\n" +
+			"  countersignd factory-reset --proposer ann --text reset.txt --approval reset.txt.sig\n" +
+			"  countersignd factory-reset --typed",
+		Long: "Says what would be destroyed and what would stay, and writes a text. With the approvals of this\n" +
+			"text, as many as the appliance's operators need, destroys the keys on all tokens, gives the\n" +
+			"counter in the TPM back, overwrites and removes the files, and overwrites the free space of\n" +
+			"their disks. The daemon must be stopped.\n\n" +
+			"Where nobody can approve any more, root types the appliance's name at a terminal (--typed).\n\n" +
+			"Each step is said on stderr and in a file outside (--record). A reset that was cut off goes on\n" +
+			"by the same command, without approvals; no daemon starts until then. Nothing brings the keys back.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return factoryReset(cmd.Context(), configPath, resets, stdout, stderr)
+		},
+	}
+	resetCmd.Flags().StringVar(&resets.approving.proposer, "proposer", "", "the administrator who proposes the reset")
+	resetCmd.Flags().StringVar(&resets.approving.text, "text", "", "the file of the text that the approvers sign")
+	resetCmd.Flags().StringSliceVar(&resets.approving.approvals, "approval", nil,
+		"the file with a signature of the text; can be repeated")
+	resetCmd.Flags().BoolVar(&resets.typed, "typed", false,
+		"ask no approvers: root types the appliance's name at a terminal")
+	resetCmd.Flags().StringVar(&resets.record, "record", defaultRecord,
+		"the file, outside of what is destroyed, that gets a line of each step")
+	resetCmd.Flags().StringSliceVar(&resets.LeftTokens, "without-token", nil,
+		"TOKEN: leave this token and its keys as they are; can be repeated")
+	resetCmd.Flags().BoolVar(&resets.Backups, "backups", false,
+		"destroy the appliance's backups in the folder of [backup], too")
+	resetCmd.Flags().BoolVar(&resets.KeepPINs, "keep-pins", false, "keep the PIN files: other programs use the tokens")
+	resetCmd.Flags().BoolVar(&resets.StorageRoots, "storage-roots", false,
+		"give the storage root keys of the TPMs back, too: other programs may use them")
+	resetCmd.Flags().BoolVar(&resets.FreeSpace, "free-space", true,
+		"overwrite the free space of the disks, where older versions of files are: takes long on a large disk")
 	workerCmd := &cobra.Command{
 		Use: workerCommand, Hidden: true, Args: cobra.ExactArgs(1), // the token's name, for lists of processes
 		RunE: func(*cobra.Command, []string) error { return keyWorker() },
@@ -348,7 +385,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, returnCmd, approveCmd)
+	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, returnCmd, resetCmd,
+		approveCmd)
 	root.AddCommand(workerCmd, launchCmd, proveCmd)
 	cli.Add(root, func(err error) error { return err })
 	understood := false // the command, its arguments and its flags

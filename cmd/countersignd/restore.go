@@ -714,7 +714,7 @@ func (f facts) print(w io.Writer) {
 	}
 }
 
-func either(is bool, yes, no string) string {
+func either[T any](is bool, yes, no T) T {
 	if is {
 		return yes
 	}
@@ -767,7 +767,7 @@ func (r restoring) change(
 			return false, fmt.Errorf("--proposer: %w", err)
 		}
 		if len(r.approvals) == 0 {
-			return false, r.askFor(people, now, stdout)
+			return false, r.askFor(people, now, "Nothing of the ledger has been restored yet", stdout)
 		}
 		if p, approvals, err = r.approved(people, now); err != nil {
 			return false, err
@@ -821,7 +821,7 @@ func checkClock(now time.Time, skew time.Duration, made, ledgers time.Time) erro
 }
 
 // askFor writes the text to approve, and says how.
-func (r restoring) askFor(people operators.Offline, p *approval.Proposal, stdout io.Writer) error {
+func (r restoring) askFor(people operators.Offline, p *approval.Proposal, yet string, stdout io.Writer) error {
 	if r.textFile == nil {
 		return configError{errors.New("--text: name the file for the text that the approvers sign")}
 	}
@@ -834,7 +834,7 @@ func (r restoring) askFor(people operators.Offline, p *approval.Proposal, stdout
 	if err := r.textFile.Close(); err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "\nNothing of the ledger has been restored yet. The text is in %s:\n\n%s\n", r.text, p.Text())
+	fmt.Fprintf(stdout, "\n%s. The text is in %s:\n\n%s\n", yet, r.text, p.Text())
 	fmt.Fprintf(stdout, "%s sign it, each with the SSH key of the appliance:\n", strings.Join(people.Approvers(), ", "))
 	fmt.Fprintf(stdout, "  ssh-keygen -Y sign -n %s -f KEY %s\n", approval.ForProposal, r.text)
 	fmt.Fprintf(stdout, "%d of them must. Then repeat the command with --approval FILE.sig for each.\n",

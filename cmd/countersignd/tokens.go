@@ -182,6 +182,7 @@ type guarded interface {
 	keystore.Store
 	keystore.BatchSigner
 	keystore.Counter
+	keystore.Rooted
 	keystore.Recorder
 	keystore.SeedImporter
 	TryJournal() error
