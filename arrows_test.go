@@ -33,7 +33,7 @@ var arrows = map[string]room{
 			internal/schedule internal/scrub
 			internal/secret internal/sink internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
-			github.com/spf13/cobra golang.org/x/sys`,
+			github.com/spf13/cobra golang.org/x/sys golang.org/x/term`,
 	},
 	"cmd/countersign": {
 		ours: `admin/api approval audit client internal/cli internal/durable internal/escrow internal/form

@@ -250,7 +250,9 @@ show "${admin_command[@]}" alert list >"$work/out" || fail "alert list"
 grep -q replays "$work/out" && fail "the alert fires on: $(cat "$work/out")"
 fact now "$([ -s "$work/out" ] && sed -n 's/^alert *//p' "$work/out" || echo "no alert fires")"
 
-step "Back up, lose the disk, and restore elsewhere"
+lost_token='' # the keys of an older .run/, or of a TPM, can't come back
+admin key show payments | grep -q '^custody *hsm-recoverable' && lost_token=' and its token'
+step "Back up, lose the machine$lost_token, and restore elsewhere"
 show "${admin_command[@]}" backup create >"$work/out" || fail "backup create"
 backup=$run/backups/$(sed -n 's/^backup *//p' "$work/out")
 fact backup "$(sed -n 's/^size *//p' "$work/out"), encrypted to an SSH key; $(sed -n 's/^log *//p' "$work/out")"
@@ -263,13 +265,22 @@ lost=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 then=$(date +%s)
 "${sign_command[@]}" --nonce "$lost" --timestamp "$then" examples/subscription.json >"$work/lost.json" || fail "sign"
 signed=$((signed + 1))
-fact signed "a document after the backup; then the daemon stops, and the disk of its ledger is lost"
+fact signed "a document after the backup; then the daemon stops; gone is the machine$lost_token"
 stop || fail "the daemon did not stop cleanly: $(tail -n 3 "$run/log")"
 other=$work/elsewhere
 mkdir -p "$other/backups"
 for part in pin softhsm2.conf; do # not in a backup
   [ ! -e "$run/$part" ] || cp "$run/$part" "$other/$part"
 done
+if [ -n "$lost_token" ]; then
+  mkdir "$other/tokens" "$other/answers"
+  sed -i "s|^directories.tokendir.*|directories.tokendir = $here/$other/tokens|" "$other/softhsm2.conf"
+  sed "s|$here/$run|$here/$other|g" "$run/countersign.toml" >"$other/countersign.toml"
+  cp "$run/policy.cedar" "$other/policy.cedar"
+  show "$bin/countersignd" init --config "$other/countersign.toml" --token main --new-token --so-pin-file "$run/so-pin" \
+    >"$work/out" 2>&1 || fail "init: $(cat "$work/out")"
+  fact token "an empty one"
+fi
 restore=("$bin/countersignd" restore "$backup" --appliance "$(cut -d / -f 1-2 <<<"$vkey")" --identity "$run/recovery" --map "$here/$run=$here/$other"
   --proposer admin --text "$work/restore.txt")
 show "${restore[@]}" >"$work/out" || fail "restore: $(cat "$work/out")"
@@ -278,6 +289,27 @@ fact keys "$(sed -n 's/^keys *//p' "$work/out")"
 show ssh-keygen -q -Y sign -n countersign-proposal-v1 -f "$run/admin.key" "$work/restore.txt" || fail "sign the text"
 show "${restore[@]}" --approval "$work/restore.txt.sig" >"$work/out" || fail "restore: $(cat "$work/out")"
 fact approved "by $(sed -n 's/^approved by *//p' "$work/out"), an operator of the backup"
+if [ -n "$lost_token" ]; then
+  returning=("$bin/countersignd" return-keys --config "$other/countersign.toml" --request "$work/return.request"
+    --answers "$other/answers")
+  fact command "${returning[*]}"
+  "${returning[@]}" >"$work/return.log" 2>&1 &
+  ceremony=$!
+  for _ in $(seq 100); do # at most 10 s
+    grep -q '^waiting' "$work/return.log" && break
+    kill -0 "$ceremony" 2>/dev/null || fail "return-keys: $(cat "$work/return.log")"
+    sleep 0.1
+  done
+  code=$(sed -n 's/^code *\([^:]*\):.*/\1/p' "$work/return.log")
+  fact code "$code, which the holders get by a call"
+  for holder in alice carol; do
+    show "$bin/countersign" holder give "$work/return.request" --identity "$run/$holder" --code "$code" \
+      --answer "$other/answers/$holder.answer" >"$work/out" || fail "holder give"
+    fact answer "of $(sed -n 's/^holder *//p' "$work/out"), with shares of $(sed -n 's/^keys *//p' "$work/out")"
+  done
+  wait "$ceremony" || fail "return-keys: $(cat "$work/return.log")"
+  fact returned "$(grep -c '^returned' "$work/return.log") keys, by the shares of 2 of 3 holders"
+fi
 "$bin/countersignd" serve --config "$other/countersign.toml" 2>"$other/log" &
 daemon=$!
 until "$bin/countersign" ping >/dev/null 2>&1; do

@@ -28,6 +28,12 @@ mkdir -p "$run/tokens" "$run/backups"
 secret "$run/pin"
 # Who can read the backups. The private half of a real appliance's recipient is on no such machine.
 [ -e "$run/recovery" ] || ssh-keygen -q -t ed25519 -N '' -C recovery -f "$run/recovery"
+# Two of three recovery holders bring the keys of a lost token back. Those of a real appliance are
+# persons with machines of their own.
+holders=(alice bob carol) recoverable=()
+for holder in "${holders[@]}"; do
+  [ -e "$run/$holder" ] || ssh-keygen -q -t ed25519 -N '' -C "$holder" -f "$run/$holder"
+done
 swtpm='' socket=''
 if [ "$backend" = tpm ]; then
   socket=$(mktemp -d /tmp/swtpm.XXXXXX) # a socket path has at most 107 bytes
@@ -48,6 +54,11 @@ objectstore.backend = file
 log.level = ERROR
 CONF
   init=(init --new-token --so-pin-file "$run/so-pin")
+  if [ ! -e "$run/ledger.db" ]; then # decided when the keys are made
+    recoverable=(--recoverable)
+    init+=(--needed 2)
+    for holder in "${holders[@]}"; do init+=(--holder "$holder=$run/$holder.pub"); done
+  fi
   token="uri = \"pkcs11:token=countersign\"
 module = \"/usr/lib/softhsm/libsofthsm2.so\"
 pin_file = \"pin\"
@@ -150,4 +161,4 @@ admin noise-key >"$run/noise.pub"
 [ -e "$run/demo-peer.key" ] || "$bin/countersign" keygen "$run/demo-peer.key" >/dev/null
 peer=$(sed -n 's/^# public key: //p' "$run/demo-peer.key")
 admin peer list | grep -q "^demo  *$peer" || quietly admin peer add demo "$peer"
-admin key show payments >/dev/null 2>&1 || quietly admin key create payments
+admin key show payments >/dev/null 2>&1 || quietly admin key create payments "${recoverable[@]}"

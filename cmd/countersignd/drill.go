@@ -382,8 +382,16 @@ func (d drilling) run(ctx context.Context, c, s Config, r *api.Drill, stdout io.
 		r.Unproven = append(r.Unproven, cli.Count(len(b.Left), "file")+" that no backup has: "+
 			"countersignd backup verify lists them")
 	}
-	r.Unproven = append(r.Unproven, fmt.Sprintf("the private keys of %s, which are in their tokens only",
-		cli.Count(len(b.Keys), "version")))
+	resident := 0
+	for _, k := range b.Keys {
+		if k.Envelope == "" && k.State != string(keyring.Destroyed) {
+			resident++
+		}
+	}
+	if resident > 0 {
+		r.Unproven = append(r.Unproven, fmt.Sprintf("the private keys of %s, which are in their tokens only",
+			cli.Count(resident, "version")))
+	}
 	if d.filesOnly {
 		r.Unproven = append(r.Unproven, "an appliance on scratch tokens: none was started (--files-only)")
 		return nil

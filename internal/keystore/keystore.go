@@ -45,8 +45,8 @@ const (
 	// protected memory of a key worker.
 	TPMSealed Custody = "tpm-sealed"
 	// HSMRecoverable and TPMRecoverable keys were made by a key worker, which has sealed them for M
-	// of N recovery holders (package escrow). In the token and in use such a key is as an HSMResident
-	// or TPMSealed one.
+	// of N recovery holders (package escrow). In the token and in use such a key is as one of
+	// HSMResident or TPMSealed.
 	HSMRecoverable Custody = "hsm-recoverable"
 	TPMRecoverable Custody = "tpm-recoverable"
 )

@@ -6,6 +6,8 @@ export const custody: Record<string, [name: string, means: string]> = {
   "hsm-resident": ["HSM-resident", "made in the HSM, and never leaves it"],
   "tpm-resident": ["TPM-resident", "made in the TPM, and never leaves it"],
   "tpm-sealed": ["TPM-sealed", "sealed to this machine's TPM and its measured state; in protected memory while in use"],
+  "hsm-recoverable": ["HSM-recoverable", "in the HSM, which does not let it out; M of N recovery holders have a sealed copy"],
+  "tpm-recoverable": ["TPM-recoverable", "sealed to this machine's TPM; M of N recovery holders have a sealed copy"],
   imported: ["Imported", "came from outside: copies may exist"],
 };
 
