@@ -169,14 +169,17 @@ func (s *system) seeds(file string) (all [][]byte) {
 		s.t.Fatal(err)
 	}
 	defer l.Close()
-	var sealed []keyring.Sealed
+	var recorded []keyring.Recorded
 	if err := l.View(func(v ledger.View) (err error) {
-		sealed, _, err = keyring.ReadSealed(v)
+		recorded, _, err = keyring.ReadRecorded(v)
 		return err
 	}); err != nil {
 		s.t.Fatal(err)
 	}
-	for _, k := range sealed {
+	for _, k := range recorded {
+		if !k.Returns() {
+			continue
+		}
 		e, err := escrow.ParseEnvelope(k.Envelope)
 		if err != nil {
 			s.t.Fatal(err)

@@ -189,17 +189,7 @@ func overwrite(path string) error {
 		return err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	zero := make([]byte, 1<<20)
-	for left := info.Size(); left > 0; left -= int64(len(zero)) {
-		if _, err := f.Write(zero[:min(left, int64(len(zero)))]); err != nil {
-			return err
-		}
-	}
-	return f.Sync()
+	return zero(f)
 }
 
 // writeScratch writes the configuration of the scratch appliance: the tokens of the configuration,

@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"countersign/internal/backup"
 	"countersign/internal/cli"
 	"countersign/internal/durable"
 
@@ -157,6 +158,10 @@ func (x *reset) listFiles() (files []resetFile, stays []string, err error) {
 	l.named(c.Policy, "the policy")
 	l.named(c.Mail.PasswordFile, "password of the mail server")
 	l.named(c.Traces.HeadersFile, "headers for the collector of traces")
+	l.named(c.Backup.SFTPKeyFile, "SSH key for the SFTP server")
+	if c.Backup.SFTP != "" {
+		keep("what is at the SFTP server of the backups")
+	}
 	if c.Backup.Folder != "" {
 		switch names := x.backupsOf(); {
 		case x.Backups && x.found.id == "":
@@ -176,7 +181,7 @@ func (x *reset) listFiles() (files []resetFile, stays []string, err error) {
 		}
 	}
 	for _, f := range c.backup().Files {
-		if f.Kind == "authority" {
+		if f.Kind == backup.Authority {
 			keep("%s (a certificate authority, which is public)", f.Path)
 		}
 	}

@@ -523,7 +523,20 @@ func (x *reset) describe() {
 	}
 	line("follows", "each line of keys ends: nothing can be signed by it any more, and no successor")
 	line("follows", "peers that have pinned its keys refuse another appliance, until they are told")
-	line("follows", "a backup brings back the ledger, and none of these keys")
+	sealed := 0
+	for _, keys := range f.recorded {
+		for _, k := range keys {
+			if len(k.Envelope) > 0 {
+				sealed++
+			}
+		}
+	}
+	if sealed == 0 {
+		line("follows", "a backup brings back the ledger, and none of these keys")
+	} else {
+		line("follows", "a backup that stays anywhere brings back the ledger, and recovery holders with it %s",
+			cli.Count(sealed, "key"))
+	}
 }
 
 // listed joins the names of keys, in the order of the names.

@@ -539,23 +539,18 @@ const scratchPrefix = ".restoring-"
 // lockFolder keeps another restore, and the creation of a ledger, out of the folder of the ledger,
 // and removes what a restore that was killed has left there.
 func lockFolder(folder string) (unlock func() error, err error) {
-	dir, err := os.Open(folder)
+	unlock, err = holdFolder(folder)
 	if err != nil {
 		return nil, err
-	}
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		dir.Close()
-		return nil, fmt.Errorf("%s: %w", folder, ledger.ErrInUse)
 	}
 	left, err := filepath.Glob(filepath.Join(folder, scratchPrefix+"*"))
 	for _, each := range left {
 		err = errors.Join(err, os.RemoveAll(each))
 	}
 	if err != nil {
-		dir.Close()
-		return nil, err
+		return nil, errors.Join(err, unlock())
 	}
-	return dir.Close, nil
+	return unlock, nil
 }
 
 // facts are what a restore does, as of now.

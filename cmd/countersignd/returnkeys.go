@@ -76,13 +76,13 @@ func returnKeys(ctx context.Context, path string, c Config, r returning, stdout,
 // look finds the recoverable keys that are not on their tokens, and the name of the appliance.
 func (r returning) look(
 	ctx context.Context, c Config, log *slog.Logger, stdout io.Writer,
-) (missing []keyring.Sealed, name string, err error) {
+) (missing []keyring.Recorded, name string, err error) {
 	sealed, name, err := readSealed(c)
 	if err != nil {
 		return nil, "", err
 	}
 	for _, want := range r.only {
-		named := func(s keyring.Sealed) bool { return s.Ref.String() == want }
+		named := func(s keyring.Recorded) bool { return s.Ref.String() == want }
 		if !slices.ContainsFunc(sealed, named) {
 			return nil, "", configError{fmt.Errorf("--key %q: the ledger has no recoverable version of this name "+
 				"that is of use", want)}
@@ -122,16 +122,30 @@ func (r returning) look(
 }
 
 // readSealed reads the recoverable keys from the ledger, which no daemon may have open.
-func readSealed(c Config) (all []keyring.Sealed, name string, err error) {
+func readSealed(c Config) (all []keyring.Recorded, name string, err error) {
 	l, err := openLedger(c, nil, nil, true)
 	if err != nil {
 		return nil, "", fmt.Errorf("%s: %w", c.Ledger, err)
 	}
+	all, name, err = sealedIn(l)
+	return all, name, errors.Join(err, l.Close())
+}
+
+// sealedIn returns the recoverable keys of a ledger, and the name of its appliance.
+func sealedIn(l *ledger.Ledger) (all []keyring.Recorded, name string, err error) {
+	var key []byte
 	err = l.View(func(v ledger.View) (err error) {
-		all, name, err = keyring.ReadSealed(v)
+		all, key, err = keyring.ReadRecorded(v)
 		return err
 	})
-	return all, name, errors.Join(err, l.Close())
+	if err != nil {
+		return nil, "", err
+	}
+	log, err := audit.NewLog(key)
+	if err != nil {
+		return nil, "", fmt.Errorf("the ledger has no audit log yet: %w", err)
+	}
+	return slices.DeleteFunc(all, func(k keyring.Recorded) bool { return !k.Returns() }), log.Name(), nil
 }
 
 // withTokens calls do with the tokens of the configuration.
@@ -148,7 +162,7 @@ func withTokens(ctx context.Context, c Config, log *slog.Logger, do func(map[str
 
 // put makes the keys on their tokens, each after its event.
 func (r returning) put(
-	ctx context.Context, c Config, missing []keyring.Sealed, e *escrow.Ceremony, holders []string, log *slog.Logger,
+	ctx context.Context, c Config, missing []keyring.Recorded, e *escrow.Ceremony, holders []string, log *slog.Logger,
 	stdout io.Writer,
 ) (err error) {
 	l, err := waitForLedger(ctx, c, stdout)
@@ -156,14 +170,14 @@ func (r returning) put(
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	var now []keyring.Sealed
-	if err := l.View(func(v ledger.View) (err error) { now, _, err = keyring.ReadSealed(v); return err }); err != nil {
+	now, _, err := sealedIn(l)
+	if err != nil {
 		return err
 	}
 	who := audit.Operator(fmt.Sprintf("uid:%d", c.startedBy))
 	return withTokens(ctx, c, log, func(tokens map[string]keystore.Store) error {
 		for _, s := range missing {
-			same := func(o keyring.Sealed) bool { return o.Ref == s.Ref && slices.Equal(o.Envelope, s.Envelope) }
+			same := func(o keyring.Recorded) bool { return o.Ref == s.Ref && slices.Equal(o.Envelope, s.Envelope) }
 			if !slices.ContainsFunc(now, same) { // the daemon ran meanwhile
 				fmt.Fprintf(stdout, "%-12s %v is of no use any more, and does not return\n", "key", s.Ref)
 				continue
@@ -184,7 +198,7 @@ func (r returning) put(
 }
 
 // returnKey makes a key on its token again.
-func returnKey(ctx context.Context, store keystore.Store, s keyring.Sealed, e *escrow.Ceremony) error {
+func returnKey(ctx context.Context, store keystore.Store, s keyring.Recorded, e *escrow.Ceremony) error {
 	able, ok := store.(escrow.Store)
 	if !ok {
 		return fmt.Errorf("%w: the token %s takes no seed", keystore.ErrRefused, s.Token)

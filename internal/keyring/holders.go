@@ -135,38 +135,3 @@ func Recoverable(all []*Key) (some []*Key) {
 	}
 	return some
 }
-
-// Sealed is a version of a key with its envelope, as a ledger has it that no daemon has open.
-type Sealed struct {
-	Ref       keystore.Ref
-	Token     string
-	Tag       keystore.Tag
-	PublicKey []byte
-	Envelope  []byte
-}
-
-// ReadSealed reads what Recoverable lists, and the name of the appliance's audit log.
-func ReadSealed(v ledger.View) (all []Sealed, name string, err error) {
-	err = v.All(ledger.Keys, func(key string, value []byte) error {
-		ref, rec, err := decode(key, value)
-		if err != nil || rec.State == making {
-			return err
-		}
-		info, err := rec.info(ref)
-		if err != nil {
-			return err
-		}
-		if ref.Name == LogName {
-			log, err := audit.NewLog(info.PublicKey)
-			if err != nil {
-				return err
-			}
-			name = log.Name()
-		}
-		if len(rec.Envelope) > 0 && !rec.Compromised && !rec.State.outOfUse() {
-			all = append(all, Sealed{ref, rec.Token, rec.Tag, info.PublicKey, rec.Envelope})
-		}
-		return nil
-	})
-	return all, name, err
-}

@@ -14,7 +14,13 @@ type Recorded struct {
 	Token     string
 	Tag       keystore.Tag
 	PublicKey []byte // nil for a version that was not made to its end
+	Envelope  []byte // of a recoverable version
+	outOfUse  bool
 }
+
+// Returns reports that recovery holders could bring the private key back, and that it is still of
+// use: see Recoverable.
+func (r Recorded) Returns() bool { return len(r.Envelope) > 0 && !r.outOfUse }
 
 // ReadRecorded lists the versions of a ledger whose private keys may be on a token, in the order of
 // their names. log is the public key of the audit log, or nil for a ledger that has none yet.
@@ -31,7 +37,9 @@ func ReadRecorded(v ledger.View) (all []Recorded, log []byte, err error) {
 		if ref.Name == LogName && rec.State == Active {
 			log = slices.Clone(public)
 		}
-		all = append(all, Recorded{Ref: ref, Token: rec.Token, Tag: rec.Tag, PublicKey: public})
+		all = append(all, Recorded{
+			ref, rec.Token, rec.Tag, public, rec.Envelope, rec.Compromised || rec.State.outOfUse(),
+		})
 		return nil
 	})
 	return all, log, err
