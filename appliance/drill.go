@@ -244,11 +244,14 @@ func (a *Appliance) proves(d Drill, now time.Time) error {
 	return nil
 }
 
+// makingTakes is more than the time from the intent to make a version to its record.
+const makingTakes = 10 * time.Minute
+
 // notReturned lists the recoverable versions of the time that a drill reaches which have not come
 // back in the drill.
 func (a *Appliance) notReturned(d Drill) (missing []string) {
 	for _, k := range keyring.Recoverable(a.Keys.All()) {
-		if k.Created.Unix() < d.Reached && !slices.Contains(d.Keys, k.Ref().String()) {
+		if k.Created.Add(makingTakes).Unix() < d.Reached && !slices.Contains(d.Keys, k.Ref().String()) {
 			missing = append(missing, k.Ref().String())
 		}
 	}

@@ -138,7 +138,7 @@ func TestDrillsWithHolders(t *testing.T) {
 	report := func(change func(*Drill)) Drill {
 		t.Helper()
 		d := r.goodDrill(t)
-		d.Reached = time.Now().Add(time.Minute).Unix() // after the second of the creation
+		d.Reached = time.Now().Add(2 * makingTakes).Unix() // long after the creation
 		change(&d)
 		d, err := r.Drilled(t.Context(), operator, d)
 		if err != nil {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdh"
-	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -600,7 +599,7 @@ func (st *Store) ImportSeed(
 
 // importSeed writes both objects of a key and returns the public key.
 func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.Tag, seed secret.Bytes) ([]byte, error) {
-	public, err := publicOf(c.alg, seed)
+	public, err := keystore.PublicOf(c.alg, seed)
 	if err != nil {
 		return nil, err
 	}
@@ -620,24 +619,6 @@ func (st *Store) importSeed(s session, ref keystore.Ref, c curve, tag keystore.T
 		return nil, deviceError("C_CreateObject (private key)", err)
 	}
 	return public, nil
-}
-
-// publicOf returns the public key of a private key.
-func publicOf(alg keystore.Algorithm, seed secret.Bytes) ([]byte, error) {
-	if alg == keystore.Ed25519 {
-		private := ed25519.NewKeyFromSeed(seed.Expose())
-		defer clear(private)
-		return bytes.Clone(private[32:]), nil
-	}
-	curve := ecdh.X25519()
-	if alg == keystore.P256 {
-		curve = ecdh.P256()
-	}
-	private, err := curve.NewPrivateKey(seed.Expose())
-	if err != nil { // without the text, which may have the key
-		return nil, fmt.Errorf("%w: this is no private key of %s", keystore.ErrRefused, alg)
-	}
-	return private.PublicKey().Bytes(), nil
 }
 
 // prove has a private object prove the public key of a description, by one use. A key without this

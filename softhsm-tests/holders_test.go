@@ -313,7 +313,8 @@ func TestHoldersReturnKeys(t *testing.T) {
 		t.Errorf("a key that is none: %d\n%s", code, out)
 	}
 	c = s.ceremony("return-keys")
-	p = s.serve() // for the other keys, while the holders are asked
+	late := s.ceremony("return-keys") // by another person
+	p = s.serve()                     // for the other keys, while the holders are asked
 	if out := s.must("holder", "show", c.request); !strings.Contains(out, "a RECOVERY") {
 		t.Errorf("holder show: %s", out)
 	}
@@ -324,6 +325,11 @@ func TestHoldersReturnKeys(t *testing.T) {
 	p.stop()
 	if out, code := c.end(); code != 0 || strings.Count(out, "again") != 3 {
 		t.Fatalf("return-keys: %d\n%s", code, out)
+	}
+	late.give("alice")
+	late.give("bob")
+	if out, code := late.end(); code != 0 || strings.Count(out, "is on the token main already") != 3 {
+		t.Errorf("return-keys once more: %d\n%s", code, out)
 	}
 	if out, code := s.daemon("return-keys", "--request", s.path("y"), "--answers", s.dir); code != 0 ||
 		!strings.Contains(out, "nothing to return") {
@@ -345,7 +351,7 @@ func TestHoldersReturnKeys(t *testing.T) {
 	for _, e := range s.events() {
 		if e.Type == audit.KeyReturned {
 			returned++
-			if e.Metadata["holders"] != "carol, bob" || e.Outcome != "" && e.Outcome != "ok" {
+			if e.Metadata["holders"] != "bob, carol" || e.Outcome != "" && e.Outcome != "ok" {
 				t.Errorf("%+v", e)
 			}
 		}

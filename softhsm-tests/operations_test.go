@@ -486,7 +486,7 @@ func (w *scriptState) command(ts *testscript.TestScript, line string) *exec.Cmd 
 	cmd.Env = os.Environ()
 	for _, name := range []string{
 		"PATH", "HOME", "BIN", "REPOSITORY", "ADDRESS", "COUNTERSIGN_SOCKET", "COUNTERSIGN_SERVER", "SOFTHSM2_CONF",
-		"TPM2TOOLS_TCTI", "WORK",
+		"TPM2TOOLS_TCTI", "WORK", "TMPDIR",
 	} {
 		if value := ts.Getenv(name); value != "" {
 			cmd.Env = append(cmd.Env, name+"="+value)

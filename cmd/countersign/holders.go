@@ -119,19 +119,27 @@ func (t *tool) giveShares() *cobra.Command {
 			if to == "" {
 				to = strings.TrimSuffix(args[0], filepath.Ext(args[0])) + "-" + given.Holders[0] + ".answer"
 			}
-			if err := durable.Write(to, answer, 0o600); err != nil {
+			if err := durable.Write(to, answer, 0o644); err != nil {
 				return err
 			}
 			doc := struct {
 				File   string   `json:"file"`
 				Holder string   `json:"holder"`
 				Keys   []string `json:"keys"`
+
+				Damaged []string `json:"damaged,omitempty"`
 			}{File: to, Holder: strings.Join(given.Holders, ", ")}
+			for _, k := range given.Damaged {
+				doc.Damaged = append(doc.Damaged, k.String())
+			}
 			for _, k := range given.Keys {
 				doc.Keys = append(doc.Keys, k.String())
 			}
 			return t.print(doc, func(w io.Writer) {
 				fmt.Fprintf(w, "answer\t%s\nholder\t%s\nkeys\t%s\n", doc.File, doc.Holder, strings.Join(doc.Keys, ", "))
+				for _, key := range doc.Damaged {
+					fmt.Fprintf(w, "damaged\tthe share of %s\n", key)
+				}
 			})
 		})
 	details(give, "The people of the drill or the recovery send the request, and read its code out by a call: the\n"+

@@ -5,11 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"countersign/internal/cause"
@@ -60,20 +59,34 @@ func (c *ceremony) open() (err error) {
 	} else if !info.IsDir() {
 		return configError{fmt.Errorf("--answers: %s is no folder", c.answers)}
 	}
-	c.file, err = os.OpenFile(c.request, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		err = configError{fmt.Errorf("--request: %s exists: each drill and each return has a request of its own",
-			c.request)}
+	how := os.O_CREATE | os.O_WRONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	if c.file, err = os.OpenFile(c.request, how, 0o600); err != nil {
+		return configError{fmt.Errorf("--request: %w", err)}
 	}
-	return err
+	// An empty one is of a command that had nothing to ask.
+	if info, err := c.file.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() > 0 {
+		return configError{errors.Join(fmt.Errorf("--request: %s exists: each drill and each return has a request of "+
+			"its own", c.request), err, c.file.Close())}
+	}
+	return nil
+}
+
+// discard removes the file of a request that was not written, where this process may.
+func (c *ceremony) discard() {
+	if info, err := os.Stat(c.request); err == nil && info.Size() == 0 {
+		os.Remove(c.request)
+	}
 }
 
 // hold writes the request, and waits for enough answers. The answers that can't be used are named
-// once, and left alone.
-func (c *ceremony) hold(ctx context.Context, e *escrow.Ceremony, stdout io.Writer) (holders []string, err error) {
-	_, err = c.file.Write(e.Request())
+// once, and left alone. The error wraps errNoHolders where a key lacks shares at the end.
+func (c *ceremony) hold(ctx context.Context, e *escrow.Ceremony, stdout io.Writer) error {
+	if _, err := os.ReadDir(c.answers); err != nil {
+		return configError{fmt.Errorf("--answers: %w; the folder must be open to the user of the daemon", err)}
+	}
+	_, err := c.file.Write(e.Request())
 	if err = errors.Join(err, c.file.Sync(), c.file.Close()); err != nil {
-		return nil, fmt.Errorf("--request: %w", err)
+		return fmt.Errorf("--request: %w", err)
 	}
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(stdout, "%-12s %s\n", name, fmt.Sprintf(format, args...))
@@ -85,24 +98,19 @@ func (c *ceremony) hold(ctx context.Context, e *escrow.Ceremony, stdout io.Write
 	line("request", "%s: send it to the holders", c.request)
 	line("code", "%s: read it out to each holder, by a call", escrow.Code(e.Request()))
 	line("waiting", "for answers in %s, for %s: %s", c.answers, c.wait, more())
-	ctx, cancel := context.WithTimeout(ctx, c.most)
-	defer cancel()
+	end := time.NewTimer(c.most)
+	defer end.Stop()
 	seen := map[string]fileState{}
 	for {
 		files, err := newAnswers(c.answers, seen)
 		if err != nil {
-			return nil, fmt.Errorf("--answers: %w", err)
+			return fmt.Errorf("--answers: %w", err)
 		}
 		for _, name := range files {
 			given, err := takeAnswer(e, filepath.Join(c.answers, name))
 			if err != nil {
 				line("ignored", "%s: %s", cause.Line(name), cause.Line(err.Error()))
 				continue
-			}
-			for _, holder := range given.Holders {
-				if !slices.Contains(holders, holder) {
-					holders = append(holders, holder)
-				}
 			}
 			who := strings.Join(given.Holders, ", ")
 			if n, _ := e.Wanting(); n > 0 {
@@ -112,20 +120,22 @@ func (c *ceremony) hold(ctx context.Context, e *escrow.Ceremony, stdout io.Write
 			}
 		}
 		if n, _ := e.Wanting(); n == 0 {
-			return holders, nil
+			return nil
 		}
 		select {
 		case <-time.After(lookForAnswers):
+		case <-end.C:
+			return fmt.Errorf("%w: %s", errNoHolders, more())
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %s", errNoHolders, more())
+			return ctx.Err()
 		}
 	}
 }
 
-// fileState tells a file that was replaced, or that has grown, from the same one.
+// fileState tells a file that was replaced, has grown or has other rights from the same one.
 type fileState struct {
-	size     int64
-	modified time.Time
+	size    int64
+	changed syscall.Timespec
 }
 
 // newAnswers lists the files of answers that are new or have changed, and notes them in seen.
@@ -139,7 +149,8 @@ func newAnswers(folder string, seen map[string]fileState) (names []string, err e
 		if err != nil || !info.Mode().IsRegular() || !strings.HasSuffix(entry.Name(), answerSuffix) {
 			continue
 		}
-		if now := (fileState{info.Size(), info.ModTime()}); seen[entry.Name()] != now {
+		stat := info.Sys().(*syscall.Stat_t)
+		if now := (fileState{info.Size(), stat.Ctim}); seen[entry.Name()] != now {
 			seen[entry.Name()], names = now, append(names, entry.Name())
 		}
 	}
@@ -152,6 +163,9 @@ func takeAnswer(e *escrow.Ceremony, path string) (escrow.Given, error) {
 		return escrow.Given{}, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return escrow.Given{}, errors.Join(fmt.Errorf("%w: it is no regular file", escrow.ErrAnswer), err)
+	}
 	b, err := io.ReadAll(io.LimitReader(f, escrow.MaxFile+1))
 	if err == nil && len(b) > escrow.MaxFile {
 		err = fmt.Errorf("%w: it is too long", escrow.ErrAnswer)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base32"
 	"encoding/hex"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -58,6 +60,9 @@ type drilling struct {
 
 	keys   []backup.Identity
 	folder string // the scratch folder, scratchFolder in scratch
+	// tokens is the folder of the scratch tokens and their PINs: folder, or with holders one in
+	// memory, since a disk may keep what is overwritten.
+	tokens string
 }
 
 const (
@@ -103,16 +108,28 @@ func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill,
 		if err := d.open(); err != nil {
 			return err
 		}
+		defer d.discard()
 		if d.answers, err = filepath.Abs(d.answers); err != nil {
 			return err
 		}
-		lockMemory()
 	}
-	done, err := d.makeScratch()
+	folder, done, err := makeScratch(d.scratch, scratchFolder)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, done()) }()
+	if d.folder, d.tokens = folder, folder; d.withHolders {
+		if err := isMemory(memoryFolder); err != nil {
+			return err
+		}
+		own := sha256.Sum256([]byte(folder)) // drills of two appliances do not meet
+		memory, done, err := makeScratch(memoryFolder, fmt.Sprintf("%s-%x", scratchFolder, own[:6]))
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, done()) }()
+		d.tokens = memory
+	}
 	run := func(s Config) error {
 		if err := d.rights(path, c).Enter(); err != nil {
 			return err
@@ -127,40 +144,54 @@ func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill,
 		return err
 	}
 	return withConfig(scratch, func(s Config) error {
-		return withLauncher(scratch, filepath.Join(d.folder, "so-pin"), s, run)
+		return withLauncher(scratch, filepath.Join(d.tokens, "so-pin"), s, run)
 	})
 }
 
+// memoryFolder is a folder whose files are in memory.
+const memoryFolder = "/dev/shm"
+
+// isMemory refuses a folder on a disk.
+func isMemory(folder string) error {
+	var s unix.Statfs_t
+	if err := unix.Statfs(folder, &s); err != nil {
+		return fmt.Errorf("--holders: %s: %w; the keys must be in memory only", folder, err)
+	}
+	if kind := int64(s.Type); kind != unix.TMPFS_MAGIC && kind != unix.RAMFS_MAGIC {
+		return fmt.Errorf("--holders: %s is no tmpfs, and the keys must be in memory only: mount one there", folder)
+	}
+	return nil
+}
+
 // makeScratch makes the scratch folder, or takes that of a drill that was killed. The folder itself
-// stays, empty: the sandbox has no right to remove it.
-func (d *drilling) makeScratch() (done func() error, err error) {
-	above := d.scratch
+// stays, empty: the sandbox has no right to remove it. above is its place, or "".
+func makeScratch(above, name string) (folder string, done func() error, err error) {
 	if above == "" {
 		above = os.TempDir()
 	}
 	if above, err = filepath.Abs(above); err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	d.folder = filepath.Join(above, scratchFolder)
-	if err := os.Mkdir(d.folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return nil, fmt.Errorf("--scratch: %w", err)
+	folder = filepath.Join(above, name)
+	if err := os.Mkdir(folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", nil, fmt.Errorf("--scratch: %w", err)
 	}
-	dir, err := os.OpenFile(d.folder, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_DIRECTORY, 0)
+	dir, err := os.OpenFile(folder, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_DIRECTORY, 0)
 	if err != nil {
-		return nil, fmt.Errorf("--scratch: %w", err)
+		return "", nil, fmt.Errorf("--scratch: %w", err)
 	}
 	if info, err := dir.Stat(); err != nil || info.Mode().Perm() != 0o700 ||
 		int(info.Sys().(*syscall.Stat_t).Uid) != os.Geteuid() {
-		return nil, errors.Join(fmt.Errorf("--scratch: %s must have the mode 0700 and belong to this user: remove it",
-			d.folder), err, dir.Close())
+		return "", nil, errors.Join(fmt.Errorf("--scratch: %s must have the mode 0700 and belong to this user: "+
+			"remove it", folder), err, dir.Close())
 	}
 	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: another drill is running", d.folder), dir.Close())
+		return "", nil, errors.Join(fmt.Errorf("%s: another drill is running", folder), dir.Close())
 	}
-	if err := wipe(d.folder); err != nil {
-		return nil, errors.Join(err, dir.Close())
+	if err := wipe(folder); err != nil {
+		return "", nil, errors.Join(err, dir.Close())
 	}
-	return func() error { return errors.Join(wipe(d.folder), dir.Close()) }, nil
+	return folder, func() error { return errors.Join(wipe(folder), dir.Close()) }, nil
 }
 
 // wipe overwrites the files in a scratch folder once, and removes them: what a drill has decrypted
@@ -200,6 +231,7 @@ func (d drilling) writeScratch(c Config, path string) error {
 			"(--module), or start no appliance (--files-only)", err)
 	}
 	at := func(name string) string { return filepath.Join(d.folder, name) }
+	in := func(name string) string { return filepath.Join(d.tokens, name) }
 	secret := func() []byte {
 		b := make([]byte, 20)
 		rand.Read(b)
@@ -213,14 +245,14 @@ func (d drilling) writeScratch(c Config, path string) error {
 		c.Limits.Nonces+spareNonces, c.Limits.MaxLifetime.std(), c.Limits.ClockSkew.std(), c.Retention.Nonces.std())
 	for i, name := range slices.Sorted(maps.Keys(c.Tokens)) {
 		fmt.Fprintf(&text, "[tokens.%s]\nuri = \"pkcs11:token=drill-%d\"\nmodule = %q\npin_file = %q\nworkers = 1\n"+
-			"environment = { SOFTHSM2_CONF = %q }\n", name, i, d.module, at("pin"), at("softhsm2.conf"))
+			"environment = { SOFTHSM2_CONF = %q }\n", name, i, d.module, in("pin"), in("softhsm2.conf"))
 	}
-	err := os.Mkdir(at("tokens"), 0o700)
-	for name, content := range map[string][]byte{
-		"countersign.toml": []byte(text.String()), "pin": secret(), "so-pin": secret(),
-		"softhsm2.conf": fmt.Appendf(nil, "directories.tokendir = %s\nlog.level = ERROR\n", at("tokens")),
+	err := os.Mkdir(in("tokens"), 0o700)
+	for path, content := range map[string][]byte{
+		at("countersign.toml"): []byte(text.String()), in("pin"): secret(), in("so-pin"): secret(),
+		in("softhsm2.conf"): fmt.Appendf(nil, "directories.tokendir = %s\nlog.level = ERROR\n", in("tokens")),
 	} {
-		err = errors.Join(err, os.WriteFile(at(name), content, 0o600))
+		err = errors.Join(err, os.WriteFile(path, content, 0o600))
 	}
 	return err
 }
@@ -232,7 +264,7 @@ func (d drilling) rights(path string, c Config) sandbox.Rights {
 	r := sandbox.Rights{
 		Kind:    sandbox.Drill,
 		Read:    append(slices.Clone(systemFiles), absolute(c.Backup.Folder, path)...),
-		Write:   append(absolute(d.folder), "/dev/null"),
+		Write:   append(absolute(d.folder, d.tokens), "/dev/null"),
 		Sockets: absolute(filepath.Dir(c.AdminSocket)),
 	}
 	if d.file != "" {
@@ -419,7 +451,7 @@ func (d drilling) start(
 			s.Policy = b.Contents.Files[i]
 		}
 	}
-	options := initOptions{newToken: true, soPINFile: filepath.Join(d.folder, "so-pin")}
+	options := initOptions{newToken: true, soPINFile: filepath.Join(d.tokens, "so-pin")}
 	for _, name := range slices.Sorted(maps.Keys(s.Tokens)) {
 		if err := makeToken(ctx, s, name, options, log, io.Discard); err != nil {
 			return fmt.Errorf("a scratch token: %w", err)
@@ -439,8 +471,15 @@ func (d drilling) start(
 		return err
 	}
 	sealed := keyring.Recoverable(p.app.Keys.All())
-	proven(fmt.Sprintf("an appliance on scratch tokens has the policy, %s, all public keys of the manifest and the "+
-		"envelopes of %s", cli.Count(len(p.app.Peers.All()), "peer"), cli.Count(len(sealed), "recoverable key")))
+	if err := compareHolders(p.ledger, sealed); err != nil {
+		return err
+	}
+	proven(fmt.Sprintf("an appliance on scratch tokens has the policy, %s and all public keys of the manifest",
+		cli.Count(len(p.app.Peers.All()), "peer")))
+	if len(sealed) > 0 {
+		proven(fmt.Sprintf("the envelopes of %s are for the holders that the audit log names",
+			cli.Count(len(sealed), "recoverable key")))
+	}
 	if p.app.Health().Lock != nil {
 		if err := p.app.Unlock(ctx, who); err != nil {
 			return err
@@ -491,12 +530,55 @@ func compareKeys(manifest []backup.Key, restored []*keyring.Key) error {
 		}
 	}
 	for _, k := range keyring.Recoverable(restored) {
-		e, err := escrow.ParseEnvelope(k.Envelope)
-		if err == nil && (e.Key != k.Ref() || e.PublicKey != hex.EncodeToString(k.Info().PublicKey)) {
-			err = errors.New("it is that of another key")
-		}
-		if err != nil {
+		if _, err := escrow.Of(k.Envelope, k.Ref(), k.Info().PublicKey); err != nil {
 			return fmt.Errorf("the envelope of key %v: %w", k.Ref(), err)
+		}
+	}
+	return nil
+}
+
+// compareHolders compares the envelopes of keys with the audit log: an event names each envelope,
+// and the holders are those of its set. Whoever breaks into a daemon could have keys sealed for
+// himself. Dropped epochs are left out.
+func compareHolders(l *ledger.Ledger, keys []*keyring.Key) error {
+	first := uint64(math.MaxUint64)
+	sets, named := map[string]audit.Event{}, map[string]bool{}
+	var broken error
+	if err := l.Events(0, func(index uint64, b []byte) bool {
+		first = min(first, index)
+		e, err := audit.Decode(b)
+		if broken = err; err != nil {
+			return false
+		}
+		if e.Type == audit.HoldersChanged {
+			sets[e.Metadata["number"]] = e
+		} else if digest := e.Metadata["envelope"]; digest != "" {
+			named[digest] = true
+		}
+		return true
+	}); err != nil || broken != nil {
+		return errors.Join(err, broken)
+	}
+	for _, k := range keys {
+		e, err := escrow.ParseEnvelope(k.Envelope)
+		if err != nil {
+			return err
+		}
+		if first == 0 && !named[escrow.Digest(k.Envelope)] {
+			return fmt.Errorf("no event names the envelope of key %v", k.Ref())
+		}
+		set, known := sets[fmt.Sprint(e.Set)]
+		if !known && first > 0 {
+			continue
+		}
+		same := known && set.Metadata["needed"] == fmt.Sprint(e.Needed) &&
+			set.Metadata["of"] == fmt.Sprint(len(e.Shares))
+		for i, s := range e.Shares {
+			same = same && set.Metadata[fmt.Sprint("holder_", i+1)] == s.Name+" "+s.Recipient
+		}
+		if !same {
+			return fmt.Errorf("key %v is sealed for other holders than those of set %d in the audit log", k.Ref(),
+				e.Set)
 		}
 	}
 	return nil
@@ -515,13 +597,11 @@ func (d drilling) returnKeys(
 	for _, k := range sealed {
 		envelopes = append(envelopes, k.Envelope)
 	}
-	host, _ := os.Hostname()
-	e, err := escrow.Begin(escrow.ForDrill, b.log.Name(), host, envelopes)
+	e, err := escrow.Begin(escrow.ForDrill, b.log.Name(), hostName(), envelopes)
 	if err != nil {
 		return err
 	}
-	holders, err := d.hold(ctx, e, stdout)
-	if err != nil {
+	if err := d.hold(ctx, e, stdout); err != nil {
 		return err
 	}
 	for _, k := range sealed {
@@ -533,7 +613,13 @@ func (d drilling) returnKeys(
 		if !ok {
 			return fmt.Errorf("key %v: %w: the scratch token takes no seed", k.Ref(), keystore.ErrRefused)
 		}
-		back, err := able.Open(ctx, k.Info().Tag, k.Envelope, e.Shares(k.Envelope))
+		shares, holders, _ := e.Shares(k.Envelope)
+		for _, name := range holders {
+			if !slices.Contains(r.Holders, name) {
+				r.Holders = append(r.Holders, name)
+			}
+		}
+		back, err := able.Open(ctx, k.Info().Tag, k.Envelope, shares)
 		if err == nil && !bytes.Equal(back.Info().PublicKey, k.Info().PublicKey) {
 			err = fmt.Errorf("%w: it has another public key", keystore.ErrWrong)
 		}
@@ -545,9 +631,8 @@ func (d drilling) returnKeys(
 		}
 		r.Keys = append(r.Keys, k.Ref().String())
 	}
-	r.Holders = holders
 	r.Proven = append(r.Proven, oneText(fmt.Sprintf("the holders %s have brought back %s, each of which was used once",
-		strings.Join(holders, ", "), cli.Count(len(sealed), "recoverable key"))))
+		strings.Join(r.Holders, ", "), cli.Count(len(sealed), "recoverable key"))))
 	return nil
 }
 

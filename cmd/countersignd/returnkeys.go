@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -38,39 +37,31 @@ func returnKeys(ctx context.Context, path string, c Config, r returning, stdout,
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	l, err := c.startLauncher(path, "")
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	c.launcher = l
-	missing, name, err := r.look(ctx, c, log, stdout)
-	if err != nil || len(missing) == 0 {
-		return err
-	}
 	if err := r.open(); err != nil { // as root, before this process becomes the daemon's user
 		return err
 	}
-	lockMemory()
-	var envelopes [][]byte
-	for _, s := range missing {
-		envelopes = append(envelopes, s.Envelope)
-	}
-	host, _ := os.Hostname()
-	e, err := escrow.Begin(escrow.ForRecovery, name, host, envelopes)
-	if err != nil {
-		return err
-	}
-	fmt.Fprintln(stdout, "daemon       it may run until the answers are there")
-	holders, err := r.hold(ctx, e, stdout)
-	if err != nil {
-		return err
-	}
-	if err := c.become(); err != nil {
-		return err
-	}
-	return r.put(ctx, c, missing, e, holders, log, stdout)
+	defer r.discard()
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	return withLauncher(path, "", c, func(c Config) error {
+		missing, name, err := r.look(ctx, c, log, stdout)
+		if err != nil || len(missing) == 0 {
+			return err
+		}
+		var envelopes [][]byte
+		for _, k := range missing {
+			envelopes = append(envelopes, k.Envelope)
+		}
+		e, err := escrow.Begin(escrow.ForRecovery, name, hostName(), envelopes)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(stdout, "daemon       it may run until the answers are there")
+		few := r.hold(ctx, e, stdout)
+		if few != nil && !errors.Is(few, errNoHolders) {
+			return few
+		}
+		return errors.Join(r.put(ctx, c, missing, e, log, stdout), few) // those that have enough shares
+	})
 }
 
 // look finds the recoverable keys that are not on their tokens, and the name of the appliance.
@@ -98,20 +89,17 @@ func (r returning) look(
 				return fmt.Errorf("key %v: the configuration has no token %q: name the token that has its place so",
 					s.Ref, s.Token)
 			}
-			key, err := store.Key(ctx, s.Ref)
-			switch {
-			case err == nil && slices.Equal(key.Info().PublicKey, s.PublicKey):
-				fmt.Fprintf(stdout, "%-12s %v is on the token %s\n", "key", s.Ref, s.Token)
-			case errors.Is(err, keystore.ErrNotFound):
-				fmt.Fprintf(stdout, "%-12s %v is NOT on the token %s, and can return: %s\n", "key", s.Ref, s.Token,
-					hex.EncodeToString(s.PublicKey))
-				missing = append(missing, s)
-			case err == nil:
-				return fmt.Errorf("key %v: the token %s has another key under this name: take it away first",
-					s.Ref, s.Token)
-			default:
-				return fmt.Errorf("key %v: %w", s.Ref, err)
+			there, err := isThere(ctx, store, s)
+			if err != nil {
+				return err
 			}
+			if there {
+				fmt.Fprintf(stdout, "%-12s %v is on the token %s\n", "key", s.Ref, s.Token)
+				continue
+			}
+			fmt.Fprintf(stdout, "%-12s %v is NOT on the token %s, and can return: %s\n", "key", s.Ref, s.Token,
+				hex.EncodeToString(s.PublicKey))
+			missing = append(missing, s)
 		}
 		return nil
 	})
@@ -145,7 +133,13 @@ func sealedIn(l *ledger.Ledger) (all []keyring.Recorded, name string, err error)
 	if err != nil {
 		return nil, "", fmt.Errorf("the ledger has no audit log yet: %w", err)
 	}
-	return slices.DeleteFunc(all, func(k keyring.Recorded) bool { return !k.Returns() }), log.Name(), nil
+	all = slices.DeleteFunc(all, func(k keyring.Recorded) bool { return !k.Returns() })
+	for _, k := range all {
+		if _, err := escrow.Of(k.Envelope, k.Ref, k.PublicKey); err != nil {
+			return nil, "", fmt.Errorf("key %v in the ledger: %w", k.Ref, err)
+		}
+	}
+	return all, log.Name(), nil
 }
 
 // withTokens calls do with the tokens of the configuration.
@@ -160,11 +154,33 @@ func withTokens(ctx context.Context, c Config, log *slog.Logger, do func(map[str
 	return do(tokens)
 }
 
-// put makes the keys on their tokens, each after its event.
+// isThere reports that a token has a key. Another key under its name is an error.
+func isThere(ctx context.Context, store keystore.Store, k keyring.Recorded) (bool, error) {
+	key, err := store.Key(ctx, k.Ref)
+	switch {
+	case errors.Is(err, keystore.ErrNotFound):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("key %v: %w", k.Ref, err)
+	case !slices.Equal(key.Info().PublicKey, k.PublicKey):
+		return false, fmt.Errorf("key %v: the token %s has another key under this name: take it away first", k.Ref,
+			k.Token)
+	}
+	return true, nil
+}
+
+// put makes the keys that have enough shares on their tokens, each after its event. A key that
+// can't be made costs no other one.
 func (r returning) put(
-	ctx context.Context, c Config, missing []keyring.Recorded, e *escrow.Ceremony, holders []string, log *slog.Logger,
-	stdout io.Writer,
+	ctx context.Context, c Config, missing []keyring.Recorded, e *escrow.Ceremony, log *slog.Logger, stdout io.Writer,
 ) (err error) {
+	missing = slices.DeleteFunc(missing, func(k keyring.Recorded) bool {
+		_, _, ready := e.Shares(k.Envelope)
+		return !ready
+	})
+	if len(missing) == 0 {
+		return nil
+	}
 	l, err := waitForLedger(ctx, c, stdout)
 	if err != nil {
 		return err
@@ -175,41 +191,57 @@ func (r returning) put(
 		return err
 	}
 	who := audit.Operator(fmt.Sprintf("uid:%d", c.startedBy))
-	return withTokens(ctx, c, log, func(tokens map[string]keystore.Store) error {
-		for _, s := range missing {
-			same := func(o keyring.Recorded) bool { return o.Ref == s.Ref && slices.Equal(o.Envelope, s.Envelope) }
+	return withTokens(ctx, c, log, func(tokens map[string]keystore.Store) (all error) {
+		for _, k := range missing {
+			same := func(o keyring.Recorded) bool { return o.Ref == k.Ref && slices.Equal(o.Envelope, k.Envelope) }
 			if !slices.ContainsFunc(now, same) { // the daemon ran meanwhile
-				fmt.Fprintf(stdout, "%-12s %v is of no use any more, and does not return\n", "key", s.Ref)
+				fmt.Fprintf(stdout, "%-12s %v is of no use any more, and does not return\n", "key", k.Ref)
 				continue
 			}
-			returned := audit.NewKeyReturned(who, s.Ref.String(), s.Token, escrow.Digest(s.Envelope), holders)
-			if _, err := l.Append(ctx, ledger.EventOf(returned)); err != nil {
-				return err
+			if err := returnKey(ctx, l, tokens[k.Token], k, e, who, stdout); err != nil {
+				all = errors.Join(all, fmt.Errorf("key %v: %w", k.Ref, err))
 			}
-			if err := returnKey(ctx, tokens[s.Token], s, e); err != nil {
-				_, failed := l.Append(ctx, ledger.EventOf(returned.Failed()))
-				return errors.Join(fmt.Errorf("key %v: %w", s.Ref, err), failed)
-			}
-			fmt.Fprintf(stdout, "%-12s %v is on the token %s again\n", "returned", s.Ref, s.Token)
 		}
-		fmt.Fprintf(stdout, "%-12s by the shares of %s; start the daemon\n", "done", strings.Join(holders, ", "))
-		return nil
+		if all == nil {
+			fmt.Fprintf(stdout, "%-12s start the daemon\n", "done")
+		}
+		return all
 	})
 }
 
-// returnKey makes a key on its token again.
-func returnKey(ctx context.Context, store keystore.Store, s keyring.Recorded, e *escrow.Ceremony) error {
+// returnKey makes a key on its token again, unless the token has it: the wait was long.
+func returnKey(
+	ctx context.Context, l *ledger.Ledger, store keystore.Store, k keyring.Recorded, e *escrow.Ceremony,
+	who audit.Actor, stdout io.Writer,
+) error {
 	able, ok := store.(escrow.Store)
 	if !ok {
-		return fmt.Errorf("%w: the token %s takes no seed", keystore.ErrRefused, s.Token)
+		return fmt.Errorf("%w: the token %s takes no seed", keystore.ErrRefused, k.Token)
 	}
-	key, err := able.Open(ctx, s.Tag, s.Envelope, e.Shares(s.Envelope))
+	if there, err := isThere(ctx, store, k); err != nil {
+		return err
+	} else if there {
+		fmt.Fprintf(stdout, "%-12s %v is on the token %s already\n", "key", k.Ref, k.Token)
+		return nil
+	}
+	shares, holders, _ := e.Shares(k.Envelope)
+	returned := audit.NewKeyReturned(who, k.Ref.String(), k.Token, escrow.Digest(k.Envelope), holders)
+	if _, err := l.Append(ctx, ledger.EventOf(returned)); err != nil {
+		return err
+	}
+	key, err := able.Open(ctx, k.Tag, k.Envelope, shares)
+	if err == nil && !slices.Equal(key.Info().PublicKey, k.PublicKey) {
+		err = fmt.Errorf("%w: it has another public key", keystore.ErrWrong)
+	}
 	if err != nil {
-		return errors.Join(err, able.Destroy(context.WithoutCancel(ctx), s.Ref, s.Tag))
+		if !errors.Is(err, keystore.ErrExists) { // half a key, with the tag of the creation
+			err = errors.Join(err, able.Destroy(context.WithoutCancel(ctx), k.Ref, k.Tag))
+		}
+		_, failed := l.Append(context.WithoutCancel(ctx), ledger.EventOf(returned.Failed()))
+		return errors.Join(err, failed)
 	}
-	if !slices.Equal(key.Info().PublicKey, s.PublicKey) {
-		return fmt.Errorf("%w: it has another public key", keystore.ErrWrong)
-	}
+	fmt.Fprintf(stdout, "%-12s %v is on the token %s again, by the shares of %s\n", "returned", k.Ref, k.Token,
+		strings.Join(holders, ", "))
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -110,6 +111,7 @@ func oneLine(text string) bool {
 type Given struct {
 	Holders []string       // names of the holder: another set of holders may have another name
 	Keys    []keystore.Ref // whose shares are in the answer
+	Damaged []keystore.Ref // whose shares for the holder can't be opened; of Give
 }
 
 // Give opens a holder's shares and makes the answer. The holder has been shown the request, and has
@@ -130,17 +132,18 @@ func Give(request []byte, code string, with []recipient.Identity) (answer []byte
 				continue
 			} else if errors.Is(err, recipient.ErrIdentity) {
 				return nil, g, err
-			} else if err != nil {
-				return nil, g, fmt.Errorf("the share of %s for %v: %w", s.Name, e.Key, ErrShare)
 			}
-			if number, _, err := e.number(string(line)); err != nil || number != i+1 {
-				return nil, g, fmt.Errorf("the share of %s for %v: %w", s.Name, e.Key, ErrShare)
+			if number, _, bad := e.number(string(line)); err != nil || bad != nil || number != i+1 {
+				g.Damaged = append(g.Damaged, e.Key) // another holder may make up for it
+				continue
 			}
 			lines.Write(line)
 			g.add(s.Name, e.Key)
 		}
 	}
-	if len(g.Keys) == 0 {
+	if len(g.Keys) == 0 && len(g.Damaged) > 0 {
+		return nil, g, fmt.Errorf("the share for %v: %w", g.Damaged[0], ErrShare)
+	} else if len(g.Keys) == 0 {
 		return nil, g, ErrNone
 	}
 	to, err := age.ParseX25519Recipient(r.Recipient)
@@ -273,14 +276,17 @@ func (c *Ceremony) Wanting() (shares int, keys []keystore.Ref) {
 	return shares, keys
 }
 
-// Shares returns the shares of an envelope that were taken.
-func (c *Ceremony) Shares(envelope []byte) (lines []string) {
+// Shares returns the shares of an envelope that were taken, and who has given them. ready reports
+// that they are enough.
+func (c *Ceremony) Shares(envelope []byte) (lines, holders []string, ready bool) {
 	for _, k := range c.keys {
-		if string(k.encoded) == string(envelope) {
-			for _, line := range k.shares {
-				lines = append(lines, line)
-			}
+		if string(k.encoded) != string(envelope) {
+			continue
 		}
+		for _, number := range slices.Sorted(maps.Keys(k.shares)) {
+			lines, holders = append(lines, k.shares[number]), append(holders, k.Envelope.Shares[number-1].Name)
+		}
+		ready = len(lines) >= k.Needed
 	}
-	return lines
+	return lines, holders, ready
 }

@@ -13,8 +13,6 @@ package escrow
 import (
 	"bytes"
 	"context"
-	"crypto/ecdh"
-	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -22,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -102,11 +101,11 @@ func ReadHolder(text string) (Holder, error) {
 	if !ok {
 		return Holder{}, fmt.Errorf("%.60q: %w: write NAME=KEY or NAME=FILE", text, ErrSet)
 	}
-	if !strings.HasPrefix(key, "age1") && !strings.HasPrefix(key, "ssh-") {
-		f, err := os.Open(key)
-		if err != nil {
-			return Holder{}, fmt.Errorf("holder %.32q: %w", name, err)
-		}
+	f, err := os.Open(key)
+	if missing := errors.Is(err, fs.ErrNotExist); err != nil && !(missing &&
+		(strings.HasPrefix(key, "age1") || strings.HasPrefix(key, "ssh-"))) {
+		return Holder{}, fmt.Errorf("holder %.32q: %w", name, err)
+	} else if err == nil {
 		defer f.Close()
 		b, err := io.ReadAll(io.LimitReader(f, maxEnvelope))
 		if err != nil {
@@ -191,32 +190,11 @@ func Digest(envelope []byte) string {
 func NewSeed(alg keystore.Algorithm, seed secret.Bytes) error {
 	for range 8 { // a random number is no scalar of P-256 once in 2^32
 		rand.Read(seed.Expose())
-		if _, err := publicOf(alg, seed); err == nil || alg != keystore.P256 {
+		if _, err := keystore.PublicOf(alg, seed); err == nil || alg != keystore.P256 {
 			return err
 		}
 	}
 	return errors.New("escrow: the generator gives no scalar")
-}
-
-// publicOf returns the public key of a private key, in the form of keystore.Info.
-func publicOf(alg keystore.Algorithm, seed secret.Bytes) ([]byte, error) {
-	curve := ecdh.X25519()
-	switch alg {
-	case keystore.Ed25519:
-		private := ed25519.NewKeyFromSeed(seed.Expose())
-		defer clear(private)
-		return bytes.Clone(private[32:]), nil
-	case keystore.P256:
-		curve = ecdh.P256()
-	case keystore.X25519:
-	default:
-		return nil, fmt.Errorf("escrow: unknown algorithm %q", alg)
-	}
-	private, err := curve.NewPrivateKey(seed.Expose())
-	if err != nil { // without the text, which may have the key
-		return nil, errors.New("escrow: this is no private key")
-	}
-	return private.PublicKey().Bytes(), nil
 }
 
 // Seal seals a private key. Call Seal within secret.Do: the private key, that of the envelope and
@@ -225,7 +203,7 @@ func Seal(ref keystore.Ref, alg keystore.Algorithm, seed secret.Bytes, to Set) (
 	if err := to.Check(); err != nil {
 		return nil, err
 	}
-	public, err := publicOf(alg, seed)
+	public, err := keystore.PublicOf(alg, seed)
 	if err != nil {
 		return nil, err
 	}
@@ -333,6 +311,24 @@ func ParseEnvelope(b []byte) (e Envelope, err error) {
 	return e, e.check()
 }
 
+// IsFor reports that the envelope is sealed for a set of holders.
+func (e Envelope) IsFor(s Set) bool {
+	same := e.Set == s.Number && e.Needed == s.Needed && len(e.Shares) == len(s.Holders)
+	for i := 0; same && i < len(s.Holders); i++ {
+		same = e.Shares[i].Holder == s.Holders[i]
+	}
+	return same
+}
+
+// Of reads the envelope in the record of a key, and refuses that of another key.
+func Of(envelope []byte, ref keystore.Ref, public []byte) (Envelope, error) {
+	e, err := ParseEnvelope(envelope)
+	if err == nil && (e.Key != ref || e.PublicKey != hex.EncodeToString(public)) {
+		err = fmt.Errorf("%w: it is that of another key", ErrEnvelope)
+	}
+	return e, err
+}
+
 func (e Envelope) check() error {
 	public, err := hex.DecodeString(e.PublicKey)
 	set := Set{Number: e.Set, Needed: e.Needed}
@@ -341,6 +337,9 @@ func (e Envelope) check() error {
 	}
 	if err == nil {
 		err = set.Check()
+	}
+	if err == nil {
+		_, err = keystore.ParseRef(e.Key.String())
 	}
 	size, known := map[keystore.Algorithm]int{keystore.Ed25519: 32, keystore.X25519: 32, keystore.P256: 65}[e.Algorithm]
 	if err == nil && (e.Format != format || !known || len(public) != size ||
@@ -424,7 +423,7 @@ func Open(envelope []byte, lines []string) (seed secret.Bytes, err error) {
 	if seed, err = keystore.ParseSeed(text); err != nil {
 		return seed, fmt.Errorf("%v: %w: %w", e.Key, ErrEnvelope, err)
 	}
-	if public, err := publicOf(e.Algorithm, seed); err != nil || hex.EncodeToString(public) != e.PublicKey {
+	if public, err := keystore.PublicOf(e.Algorithm, seed); err != nil || hex.EncodeToString(public) != e.PublicKey {
 		seed.Wipe()
 		return secret.Bytes{}, fmt.Errorf("%v: %w: its seed is that of another key", e.Key, ErrEnvelope)
 	}

@@ -119,6 +119,57 @@ func TestAnyEnoughOpen(t *testing.T) {
 	}
 }
 
+// TestFewerAreNotEnough: an envelope that says that fewer shares are needed opens with no fewer, so
+// it is the polynomial that keeps the key, and not the count.
+func TestFewerAreNotEnough(t *testing.T) {
+	for _, size := range [][2]int{{3, 3}, {3, 5}, {4, 6}, {9, 9}} {
+		p := newPeople(t, size[0], size[1])
+		envelope := seal(t, payments, newSeed(), p.set)
+		var e map[string]any
+		if err := json.Unmarshal(envelope, &e); err != nil {
+			t.Fatal(err)
+		}
+		e["needed"] = size[0] - 1
+		lying, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var who []int
+		for i := range size[0] - 1 {
+			who = append(who, i)
+		}
+		if _, err := escrow.Open(lying, p.shares(t, envelope, who...)); !errors.Is(err, escrow.ErrEnvelope) {
+			t.Errorf("%d shares of %d needed: %v, want %v", size[0]-1, size[0], err, escrow.ErrEnvelope)
+		}
+	}
+}
+
+// TestDamagedShare: a share that can't be opened costs its own key only, and is named.
+func TestDamagedShare(t *testing.T) {
+	p := newPeople(t, 2, 2)
+	second := keystore.Ref{Name: "payments", Version: 2}
+	var e escrow.Envelope
+	if err := json.Unmarshal(seal(t, payments, newSeed(), p.set), &e); err != nil {
+		t.Fatal(err)
+	}
+	e.Shares[0].Sealed[len(e.Shares[0].Sealed)-1] ^= 1
+	damaged, err := json.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := escrow.Begin(escrow.ForDrill, "countersign/abc", "host", [][]byte{
+		damaged, seal(t, second, newSeed(), p.set),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, g, err := escrow.Give(c.Request(), escrow.Code(c.Request()), p.keys[0])
+	if err != nil || !slices.Equal(g.Keys, []keystore.Ref{second}) ||
+		!slices.Equal(g.Damaged, []keystore.Ref{payments}) {
+		t.Errorf("%+v, %v", g, err)
+	}
+}
+
 // TestSharesAreFresh: a seed that is sealed again has other shares, each a number below the order.
 func TestSharesAreFresh(t *testing.T) {
 	p := newPeople(t, 2, 3)
@@ -355,8 +406,12 @@ func TestCeremony(t *testing.T) {
 	if _, err := c.Take(give(begin(), 2)); !errors.Is(err, escrow.ErrAnswer) {
 		t.Errorf("an answer to another request: %v", err)
 	}
-	if _, err := escrow.Open(envelopes[0], c.Shares(envelopes[0])); !errors.Is(err, escrow.ErrShares) {
-		t.Errorf("one holder opens: %v", err)
+	lines, holders, ready := c.Shares(envelopes[0])
+	if _, err := escrow.Open(envelopes[0], lines); !errors.Is(err, escrow.ErrShares) || ready {
+		t.Errorf("one holder opens: %v, %v", ready, err)
+	}
+	if !slices.Equal(holders, []string{"holder-1"}) {
+		t.Errorf("shares of %v", holders)
 	}
 	if _, err := c.Take(give(c, 1)); err != nil {
 		t.Fatal(err)
@@ -371,8 +426,13 @@ func TestCeremony(t *testing.T) {
 		t.Errorf("wanting %d of %v", n, keys)
 	}
 	for i, envelope := range envelopes {
-		if got, err := escrow.Open(envelope, c.Shares(envelope)); err != nil || !got.Equal(seeds[i]) {
-			t.Errorf("key %d: %v", i, err)
+		lines, holders, ready := c.Shares(envelope)
+		if got, err := escrow.Open(envelope, lines); err != nil || !got.Equal(seeds[i]) || !ready {
+			t.Errorf("key %d: %v, %v", i, ready, err)
+		}
+		want := [][]string{{"holder-1", "holder-2", "carol"}, {"holder-1", "carol"}}[i]
+		if !slices.Equal(holders, want) {
+			t.Errorf("key %d: shares of %v, want %v", i, holders, want)
 		}
 	}
 }
@@ -436,6 +496,7 @@ func TestRequests(t *testing.T) {
 		"its key":     func(r *escrow.Request) { r.Recipient = "age1x" },
 		"a holder":    func(r *escrow.Request) { r.Keys[0].Shares[0].Name = "\x1b" },
 		"one needed":  func(r *escrow.Request) { r.Keys[0].Needed = 1 },
+		"a version":   func(r *escrow.Request) { r.Keys[0].Key.Version = 0 },
 		"a public key": func(r *escrow.Request) {
 			r.Keys[0].PublicKey = strings.ToUpper(r.Keys[0].PublicKey) + "00"
 		},

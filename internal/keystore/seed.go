@@ -2,6 +2,8 @@ package keystore
 
 import (
 	"bytes"
+	"crypto/ecdh"
+	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -109,4 +111,26 @@ func ReadSecret(path, what string) (none secret.Bytes, err error) {
 		return none, fmt.Errorf("%s: %w", what, err)
 	}
 	return secret.New(b[:n]), nil
+}
+
+// PublicOf returns the public key of a private key of 32 bytes, in the form of Info: of the seed of
+// Ed25519, of the scalar of X25519, or of that of P-256, whose highest byte is the first.
+func PublicOf(alg Algorithm, private secret.Bytes) ([]byte, error) {
+	curve := ecdh.X25519()
+	switch alg {
+	case Ed25519:
+		expanded := ed25519.NewKeyFromSeed(private.Expose())
+		defer clear(expanded)
+		return bytes.Clone(expanded[32:]), nil
+	case P256:
+		curve = ecdh.P256()
+	case X25519:
+	default:
+		return nil, fmt.Errorf("%w: unknown algorithm %q", ErrRefused, alg)
+	}
+	key, err := curve.NewPrivateKey(private.Expose())
+	if err != nil { // without the text, which may have the key
+		return nil, fmt.Errorf("%w: this is no private key of %s", ErrRefused, alg)
+	}
+	return key.PublicKey().Bytes(), nil
 }

@@ -2,7 +2,6 @@ package worker
 
 import (
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -215,8 +214,8 @@ func (p *Pool) Seal(
 		if err != nil || made.Info.Ref != ref {
 			return keystore.ErrWrong
 		}
-		e, err := escrow.ParseEnvelope(made.Envelope)
-		if err != nil || e.Key != ref || e.Algorithm != alg || e.PublicKey != hex.EncodeToString(made.Info.PublicKey) {
+		e, err := escrow.Of(made.Envelope, ref, made.Info.PublicKey)
+		if err != nil || e.Algorithm != alg || !e.IsFor(to) {
 			return keystore.ErrWrong
 		}
 		return nil
