@@ -38,12 +38,21 @@ var defaultTimes = times{
 	atStop: 5 * time.Second,
 }
 
-// window is the most bytes of a backup that the server has not acknowledged, and syncEvery the
-// most that its disk may not have.
+// piece is what is sent at first, and waited for: a slow link must bring it within the time of an
+// operation. window is the most bytes of a backup that the server has not acknowledged, and
+// syncEvery the most that its disk may not have. Each divides the next.
 const (
+	piece     = 128 << 10
 	window    = 1 << 20
-	syncEvery = 64 << 20
+	syncEvery = 16 << 20
 )
+
+// mostRefusals ends the removals of one look at the server's folder: lists wait meanwhile.
+const mostRefusals = 16
+
+// skew is how far in the future the time of a name may be. Later ones count for nothing, since they
+// would make all others spare.
+const skew = time.Hour
 
 // Mirror carries backups and lists of writes to a server as the folder gets them. The ledger's
 // writer, the Shipper and requests never wait for a Mirror, which reads files that are there.
@@ -55,7 +64,8 @@ const (
 //   - The server is asked for the length of a file before each write, and content is read back. A
 //     file that this daemon has not written is compared before the file counts.
 //   - A local loss removes nothing at the server. What the server keeps follows from what the
-//     server has. A file of the server that is not the local one is kept beside it, as NAME.other.
+//     server has, and nothing goes before the folder's newest backup is there. A file of the server
+//     that is not the local one is kept beside it, as NAME.other, or NAME.other-2 and so on.
 //   - Memory is bounded whatever the server sends, and each operation has a deadline, after which
 //     the connection is closed.
 type Mirror struct {
@@ -70,7 +80,8 @@ type Mirror struct {
 	done    chan struct{}
 	cancel  context.CancelFunc // ends the connection
 
-	rule Rule // set by Begin; belongs to run
+	rule    Rule // set by Begin; belongs to run
+	refused bool // a line of the log says that the server refuses removals; belongs to run
 
 	held     error         // of the last attempt at backups, in a connection that has not ended; belongs to run
 	heldTill time.Time     // belongs to run: no backup is sent before
@@ -81,7 +92,7 @@ type Mirror struct {
 	remote  map[string]int64 // guarded by mu: lengths of the server's files; nil before the first look
 	failure error            // guarded by mu: of the last attempt
 	sending string           // guarded by mu: name of a backup; or ""
-	moved   time.Time        // guarded by mu: last time at which the server took a piece
+	moved   time.Time        // guarded by mu: last time at which the server had more of a backup than ever
 }
 
 // Rule says what is carried and kept.
@@ -95,8 +106,31 @@ type Rule struct {
 	Shipped func() map[string]int64
 }
 
-// otherSuffix ends the name of a server's file with another content than the local one.
-const otherSuffix = ".other"
+// otherSuffix ends the name of a server's file with another content than the local one. The next
+// ones are otherSuffix-2 and so on, to mostOthers.
+const (
+	otherSuffix = ".other"
+	mostOthers  = 9
+)
+
+// other returns the name of the n-th file beside a file.
+func other(name string, n int) string {
+	if n == 1 {
+		return name + otherSuffix
+	}
+	return fmt.Sprintf("%s%s-%d", name, otherSuffix, n)
+}
+
+// original returns the name of the file that a file is beside, or else the name itself.
+func original(name string) string {
+	of, _, _ := strings.Cut(name, otherSuffix)
+	for n := 1; n <= mostOthers; n++ {
+		if name == other(of, n) {
+			return of
+		}
+	}
+	return name
+}
 
 // file is a file of the folder.
 type file struct {
@@ -110,6 +144,7 @@ type file struct {
 	checked bool      // there is true, and has the content of the local file
 	since   time.Time // since when the server lacks some; zero: nothing
 	told    bool      // a line of the log says that the server's file is another one
+	most    int64     // bytes of a part that the server has acknowledged, the most of all attempts
 }
 
 // New returns a Mirror of a folder.
@@ -160,7 +195,7 @@ func (m *Mirror) Close() {
 
 // Behind returns for how long the server has lacked something of the folder, counted from the
 // start of this daemon at most, and why the last attempt has failed, or nil. moving says that a
-// backup is being sent, and that the server takes it.
+// backup is being sent, and that the server takes it without an error.
 func (m *Mirror) Behind() (age time.Duration, moving bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -169,7 +204,8 @@ func (m *Mirror) Behind() (age time.Duration, moving bool, err error) {
 			age = max(age, time.Since(f.since))
 		}
 	}
-	return age, m.sending != "" && time.Since(m.moved) < m.times.within+m.times.syncWithin, m.failure
+	recent := time.Since(m.moved) < m.times.within+m.times.syncWithin
+	return age, m.sending != "" && m.failure == nil && recent, m.failure
 }
 
 // The results of Has.
@@ -317,7 +353,7 @@ func (m *Mirror) look(now time.Time) error {
 		case old == nil:
 			f.since = now
 		case f.size == old.size:
-			f.there, f.checked, f.since, f.told = old.there, old.checked, old.since, old.told
+			f.there, f.checked, f.since, f.told, f.most = old.there, old.checked, old.since, old.told, old.most
 		default:
 			f.there, f.checked, f.since, f.told = old.there, old.checked && f.size > old.size, old.since, old.told
 			if f.since.IsZero() {
@@ -347,14 +383,25 @@ func (m *Mirror) want() {
 	}
 }
 
+// newest returns the name of the folder's newest backup, or "".
+func (m *Mirror) newest() (newest string) {
+	for name, f := range m.files {
+		if f.whole && time.Until(f.made) <= skew {
+			newest = max(newest, name) // by time
+		}
+	}
+	return newest
+}
+
 // spare returns which of some files are not to be kept: backups by the rule of the folder, and
 // lists as Shipper.Prune does: those that are followed by others of before the newest backup but
-// one.
+// one. The folder's newest backup is kept, whatever the server has.
 func (m *Mirror) spare(all map[string]bool) map[string]bool {
 	var backups, lists []string
 	for name := range all {
-		_, whole, ok := kind(name, m.rule.ID)
+		made, whole, ok := kind(name, m.rule.ID)
 		switch {
+		case time.Until(made) > skew:
 		case ok && whole:
 			backups = append(backups, name)
 		case ok:
@@ -376,6 +423,7 @@ func (m *Mirror) spare(all map[string]bool) map[string]bool {
 			spare[name] = true
 		}
 	}
+	delete(spare, m.newest())
 	return spare
 }
 
@@ -415,7 +463,8 @@ func (m *Mirror) pass(s *session, closing bool) error {
 	if time.Now().Before(m.heldTill) {
 		return failed
 	}
-	turn := time.Now()
+	began, turn := time.Now(), time.Now()
+	var held error
 	between := func() error {
 		select {
 		case <-m.closing:
@@ -434,9 +483,11 @@ func (m *Mirror) pass(s *session, closing bool) error {
 			return err
 		}
 		failed = cmp.Or(failed, err)
+		if err != nil || m.moved.After(began) { // further than the attempt that has failed
+			m.note(cmp.Or(err, held))
+		}
 		return nil
 	}
-	var held error
 	for _, f := range m.lacking(true) {
 		err := m.carry(s, f, between)
 		if errors.Is(err, errClosing) || err != nil && s.gone() {
@@ -474,7 +525,7 @@ func (m *Mirror) carryLists(s *session) (failed error) {
 }
 
 // survey looks at the server's folder, forgets what has changed there, and removes files that the
-// rule does not keep of those there.
+// rule does not keep of those there. A server may refuse that, and keep all.
 func (m *Mirror) survey(s *session) error {
 	remote, beside, err := s.list(m.rule.ID)
 	if err != nil {
@@ -501,25 +552,39 @@ func (m *Mirror) survey(s *session) error {
 	m.want()
 	for _, name := range beside {
 		of, part := strings.CutSuffix(name, backup.PartSuffix)
-		of = strings.TrimSuffix(of, otherSuffix)
+		of = original(of)
 		f, kept := m.files[of], has[of] && !slices.Contains(gone, of)
 		if part && (f == nil || !f.wanted || f.since.IsZero()) || !part && !kept && f == nil {
 			gone = append(gone, name) // a part without its file, or a copy beside a file of before
 		}
 	}
-	gone = slices.DeleteFunc(gone, func(name string) bool { return m.files[name] != nil && m.files[name].grows })
+	newest := m.files[m.newest()]
+	there := newest != nil && newest.checked && newest.since.IsZero()
+	gone = slices.DeleteFunc(gone, func(name string) bool {
+		f := m.files[name]
+		return f != nil && f.grows || !there && !strings.HasSuffix(name, string(backup.PartSuffix))
+	})
 	m.mu.Unlock()
 	slices.Sort(gone)
-	for _, name := range gone {
-		if err := s.remove(name); err != nil {
+	var removed []string
+	for refusals := 0; len(gone) > 0 && refusals < mostRefusals; gone = gone[1:] {
+		name := gone[0]
+		if err := s.remove(name); err != nil && s.gone() {
 			return err
+		} else if err != nil {
+			if refusals++; !m.refused {
+				m.log.Warn("the SFTP server refuses to remove a file that is not to be kept, and keeps it", "err", err)
+			}
+			m.refused = true
+			continue
 		}
+		removed = append(removed, name)
 		m.mu.Lock()
 		delete(m.remote, name)
 		m.mu.Unlock()
 	}
-	if len(gone) > 0 {
-		m.log.Info("files that are not to be kept were removed from the SFTP server", "names", gone)
+	if len(removed) > 0 {
+		m.log.Info("files that are not to be kept were removed from the SFTP server", "names", removed)
 	}
 	s.listed = time.Now()
 	return nil
@@ -550,11 +615,11 @@ func (m *Mirror) carry(s *session, f file, between func() error) error {
 			m.have(f, at, asked)
 			return nil
 		case !alike || at > f.size || f.whole && at < f.size:
-			m.tell(f, "the SFTP server has another file of this name, which is kept beside: "+
-				"the folder's is sent anew", at)
-			if err := s.rename(f.name, f.name+otherSuffix); err != nil {
+			if err := s.putBeside(f.name); err != nil {
 				return err
 			}
+			m.tell(f, "the SFTP server has another file of this name, which is kept beside: "+
+				"the folder's is sent anew", at)
 			at = -1
 		}
 	}
@@ -564,10 +629,8 @@ func (m *Mirror) carry(s *session, f file, between func() error) error {
 			m.send(f.name)
 			defer m.send("")
 		}
-		err = s.upload(local, f, func() error {
-			if f.whole {
-				m.send(f.name)
-			}
+		err = s.upload(local, f, func(at int64) error {
+			m.took(f, at)
 			return between()
 		})
 	case at < f.size:
@@ -580,11 +643,20 @@ func (m *Mirror) carry(s *session, f file, between func() error) error {
 	return nil
 }
 
-// send notes that the server takes a backup, or "" at its end.
+// send notes that a backup is being sent, or "" at its end.
 func (m *Mirror) send(name string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.sending, m.moved = name, time.Now()
+	m.sending = name
+}
+
+// took notes that the server has acknowledged so many bytes.
+func (m *Mirror) took(f file, at int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now := m.files[f.name]; now != nil && f.whole && at > now.most {
+		now.most, m.moved = at, time.Now()
+	}
 }
 
 // tell writes one line about a file.
@@ -612,7 +684,7 @@ func (m *Mirror) have(f file, there int64, asked time.Time) {
 		return
 	}
 	now.there, now.checked, now.told = there, true, there > f.size
-	now.since = time.Time{}
+	now.since, now.most = time.Time{}, 0
 	if now.size != f.size {
 		now.since = asked
 	}

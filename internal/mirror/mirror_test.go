@@ -3,6 +3,7 @@ package mirror
 import (
 	"bytes"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +22,8 @@ import (
 	"countersign/internal/backup"
 	"countersign/internal/mirror/mirrortest"
 	"countersign/internal/scantest"
+
+	"golang.org/x/crypto/ssh"
 )
 
 func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
@@ -229,28 +232,31 @@ func TestCarries(t *testing.T) {
 // on where the server has it, and the final name comes last. Meanwhile the state has the age.
 func TestGoesOn(t *testing.T) {
 	r := newRig(t, nil)
-	const size = 12 << 20
+	const size = syncEvery + 8<<20
 	big, lists := name(backup.Whole, 1), name(backup.Lists, 2)
 	r.put(big, content(size))
-	r.server.Cut(5 << 20)
+	r.server.Cut(syncEvery + 4<<20)
 	r.begin()
 	r.eventually("the server is gone", func() bool {
 		age, _, err := r.Behind()
-		return age > 0 && err != nil && r.server.Sent() >= 0 && len(r.at(big+backup.PartSuffix)) > 3<<20
+		return age > 0 && err != nil && r.server.Sent() >= 0 && len(r.at(big+backup.PartSuffix)) > syncEvery
 	})
 	if r.at(big) != nil || r.Has(big) == Yes {
 		t.Fatal("half a backup has the final name")
 	}
 	r.put(lists, content(1000))
 	r.Close()
-	part := len(r.at(big + backup.PartSuffix))
+	// The server's power goes, too: of what was not synced, the disk has the length.
+	part := r.at(big + backup.PartSuffix)
+	clear(part[syncEvery+100_000 : syncEvery+200_000])
+	r.atServer(big+backup.PartSuffix, part)
 	r.server.Away(false)
 	r.server.Sent()
 	r.Mirror = r.another(r.Mirror.server)
 	r.begin()
 	r.has(big, lists)
-	if sent := r.server.Sent(); sent > int64(size-part+2*window) {
-		t.Errorf("%d bytes were sent, of which the server had %d", sent, part)
+	if sent := r.server.Sent(); sent > size-syncEvery+window {
+		t.Errorf("%d bytes were sent, of which the server had %d", sent, len(part))
 	}
 	if all := r.names(); len(all) != 2 {
 		t.Errorf("at the server: %v", all)
@@ -380,6 +386,12 @@ func TestFullDisk(t *testing.T) {
 	r.put(name(backup.Lists, 2), content(1000))
 	r.begin()
 	r.fails("write")
+	for range 100 { // several attempts
+		if _, moving, err := r.Behind(); moving || err == nil {
+			t.Fatalf("on a full disk: moving %v, %v", moving, err)
+		}
+		time.Sleep(3 * time.Millisecond)
+	}
 	r.eventually("the lists are at the server all the same", func() bool { return r.Has(name(backup.Lists, 2)) == Yes })
 	if r.at(name(backup.Whole, 1)) != nil || r.Has(name(backup.Whole, 1)) == Yes {
 		t.Error("a backup has its final name, and is not whole")
@@ -539,8 +551,181 @@ func TestPlainServer(t *testing.T) {
 	r.atServer(whole+otherSuffix, []byte("one of before"))
 	r.begin()
 	r.has(whole, lists)
-	if got := r.at(whole + otherSuffix); string(got) != "another" {
-		t.Errorf("beside it: %q", got)
+	if first, next := r.at(whole+otherSuffix), r.at(whole+otherSuffix+"-2"); string(first) != "one of before" ||
+		string(next) != "another" {
+		t.Errorf("beside it: %q and %q", first, next)
+	}
+}
+
+// TestManyOthers: what is beside a file is never replaced. With too many of them, the file is left
+// alone, the state says so, and other files go on.
+func TestManyOthers(t *testing.T) {
+	r := newRig(t, nil)
+	whole, next := name(backup.Whole, 1), name(backup.Whole, 2)
+	for n := 1; n <= mostOthers; n++ {
+		r.atServer(other(whole, n), []byte(other("", n)))
+	}
+	r.atServer(whole, []byte("another"))
+	r.put(whole, content(1000))
+	r.put(next, content(1000))
+	r.begin()
+	r.fails("and 9 beside it")
+	r.eventually("the next backup is there", func() bool { return r.Has(next) == Yes })
+	for n := 1; n <= mostOthers; n++ {
+		if got := r.at(other(whole, n)); string(got) != other("", n) {
+			t.Errorf("%s: %q", other(whole, n), got)
+		}
+	}
+	if string(r.at(whole)) != "another" {
+		t.Error("the file was replaced")
+	}
+	r.ok(os.Remove(filepath.Join(r.server.Folder, other(whole, 3))))
+	r.has(whole)
+	if string(r.at(other(whole, 3))) != "another" {
+		t.Error("what was at the server is lost")
+	}
+}
+
+// TestNoRemovals: a server that refuses to remove and to replace files gets all the same. One line
+// of the log says so.
+func TestNoRemovals(t *testing.T) {
+	r := newRig(t, nil)
+	r.server.Lack("remove,posix-rename")
+	r.times.list = 20 * time.Millisecond
+	var all []string
+	for n := range 6 { // of which three are to be kept
+		all = append(all, name(backup.Whole, n))
+		r.put(all[n], content(1000))
+		if n == 0 {
+			r.begin()
+		}
+		r.has(all[n])
+	}
+	lists := name(backup.Lists, 7)
+	r.put(lists, content(1000))
+	r.has(lists)
+	r.eventually("one line", func() bool { return r.log.count("refuses to remove") == 1 })
+	if got := r.names(); len(got) != len(all)+1 || r.log.count("are not carried") > 0 {
+		t.Errorf("at the server: %v", got)
+	}
+}
+
+// TestFuture: names from the future make no backup spare, and newer names at the server do not make
+// the folder's newest one spare.
+func TestFuture(t *testing.T) {
+	r := newRig(t, nil)
+	r.times.list = 20 * time.Millisecond
+	future := func(s backup.Suffix, after time.Duration) string { return s.Name(id, time.Now().Add(after)) }
+	newest := name(backup.Whole, 10)
+	kept := []string{name(backup.Whole, 1), name(backup.Lists, 2), name(backup.Whole, 3), name(backup.Lists, 4)}
+	for n := range 4 {
+		after := 2*skew + time.Duration(n)*time.Minute
+		kept = append(kept, future(backup.Whole, after), future(backup.Lists, after))
+	}
+	spare := name(backup.Whole, 0)
+	for _, n := range append(kept, spare) {
+		r.atServer(n, content(100))
+	}
+	r.put(newest, content(100))
+	r.begin()
+	r.has(newest)
+	r.eventually("the oldest goes, by the rule", func() bool { return r.at(spare) == nil })
+	if got := r.names(); !slices.Equal(got, sorted(append(kept, newest))) {
+		t.Errorf("at the server: %v", got)
+	}
+	for n := range r.keep {
+		r.atServer(future(backup.Whole, skew/2+time.Duration(n)*time.Minute), content(100))
+	}
+	r.eventually("by the rule, the rest goes", func() bool { return r.at(kept[0]) == nil && r.at(kept[2]) == nil })
+	r.ok(os.Remove(filepath.Join(r.server.Folder, newest)))
+	r.eventually("the newest is there again", func() bool { return r.at(newest) != nil })
+}
+
+// TestNewestFirst: while the server does not take the newest backup, no older one goes.
+func TestNewestFirst(t *testing.T) {
+	r := newRig(t, nil)
+	r.times.list = 20 * time.Millisecond
+	for n := range 6 {
+		r.atServer(name(backup.Whole, n), content(100))
+	}
+	newest := name(backup.Whole, 10)
+	r.ok(os.Mkdir(filepath.Join(r.server.Folder, newest), 0o700))
+	r.put(newest, content(100))
+	r.begin()
+	r.fails("it is no file at the server")
+	time.Sleep(5 * r.times.list)
+	if got := r.names(); len(got) != 7 {
+		t.Errorf("at the server: %v", got)
+	}
+	r.ok(os.Remove(filepath.Join(r.server.Folder, newest)))
+	r.has(newest)
+	r.eventually("the oldest go", func() bool { return len(r.names()) == 3 })
+}
+
+// TestMoves: a backup moves when the server has acknowledged more of it than in any attempt, and
+// an earlier failure is over then.
+func TestMoves(t *testing.T) {
+	r := newRig(t, nil)
+	r.send("a backup")
+	if _, moving, _ := r.Behind(); moving {
+		t.Error("it moves before the server has a byte")
+	}
+	r.send("")
+	big := name(backup.Whole, 1)
+	r.put(big, content(12<<20))
+	r.server.Slow(30 << 20)
+	r.server.Cut(3 << 20)
+	r.begin()
+	r.eventually("it fails", func() bool { return r.log.count("are not carried") == 1 })
+	r.server.Away(false)
+	r.server.Cut(9 << 20)
+	r.eventually("it moves, and fails again", func() bool { return r.log.count("are not carried") == 2 })
+	r.server.Away(false)
+	r.has(big)
+}
+
+// TestSlow: a link that can't bring a window within the time of an operation brings a backup.
+func TestSlow(t *testing.T) {
+	r := newRig(t, nil)
+	r.times.within = time.Second
+	r.server.Slow(512 << 10)
+	r.put(name(backup.Whole, 1), content(window+window/4))
+	r.put(name(backup.Lists, 1), content(1000))
+	r.begin()
+	r.has(name(backup.Whole, 1))
+	if r.log.count("are not carried") > 0 {
+		t.Error("it has failed meanwhile")
+	}
+}
+
+// TestServerText: what a server says at a disconnect is a short line in an error.
+func TestServerText(t *testing.T) {
+	r := newRig(t, nil)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	r.ok(err)
+	defer listener.Close()
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		text := strings.Repeat("\x1b[2J\nlevel=ERROR \u202e", 200)
+		payload := append([]byte{1}, ssh.Marshal(struct {
+			Reason         uint32
+			Text, Language string
+		}{2, text, ""})...)
+		padding := 16 - (len(payload)+5)%8
+		b := binary.BigEndian.AppendUint32([]byte("SSH-2.0-x\r\n"), uint32(len(payload)+1+padding))
+		conn.Write(slices.Concat(b, []byte{byte(padding)}, payload, make([]byte, padding)))
+		io.Copy(io.Discard, conn)
+	}()
+	to := r.Mirror.server
+	to.Address = listener.Addr().String()
+	_, err = to.dial(t.Context(), defaultTimes)
+	if err == nil || !strings.Contains(err.Error(), "disconnect, reason 2: ") || len(err.Error()) > 300 ||
+		strings.ContainsAny(err.Error(), "\n\x1b\u202e") {
+		t.Errorf("%q", err)
 	}
 }
 

@@ -145,6 +145,7 @@ type session struct {
 	stop   func() bool
 	lost   chan struct{} // closed when the connection has ended
 	buffer []byte
+	wrote  map[string]bool // parts that this connection has written
 }
 
 // dial connects. The end of ctx closes the connection.
@@ -166,7 +167,8 @@ func (s Server) dial(ctx context.Context, t times) (_ *session, err error) {
 	conn.left.Store(mostRead)
 	c := &session{
 		conn: conn, folder: s.Folder, times: t, began: time.Now(), lost: make(chan struct{}),
-		stop: context.AfterFunc(ctx, func() { conn.Close() }), buffer: make([]byte, 256<<10),
+		stop: context.AfterFunc(ctx, func() { conn.Close() }), buffer: make([]byte, piece),
+		wrote: map[string]bool{},
 	}
 	defer func() {
 		if err != nil {
@@ -189,12 +191,12 @@ func (s Server) dial(ctx context.Context, t times) (_ *session, err error) {
 		return nil, wrong
 	case errors.As(err, new(*ssh.AlgorithmNegotiationError)):
 		return nil, fmt.Errorf("the server has no host key of a type in sftp_host_keys (%s), or no cipher in "+
-			"common: %w", strings.Join(s.algorithms(), ", "), err)
+			"common: %s", strings.Join(s.algorithms(), ", "), clip(err.Error()))
 	case err != nil && strings.Contains(err.Error(), "unable to authenticate"):
 		return nil, fmt.Errorf("the server refuses the key %s for the user %s: put its public half into the "+
 			"authorized_keys of the account", ssh.FingerprintSHA256(signer.PublicKey()), s.User)
-	case err != nil:
-		return nil, err
+	case err != nil: // with a text of the server, such as that of a disconnect
+		return nil, errors.New(clip(err.Error()))
 	}
 	c.client = ssh.NewClient(transport, channels, requests)
 	go func() {
@@ -202,7 +204,7 @@ func (s Server) dial(ctx context.Context, t times) (_ *session, err error) {
 		close(c.lost)
 	}()
 	if c.sftp, err = sftp.NewClient(c.client); err != nil {
-		return nil, fmt.Errorf("the server speaks no SFTP to %s: %w", s.User, err)
+		return nil, fmt.Errorf("the server speaks no SFTP to %s: %s", s.User, clip(err.Error()))
 	}
 	conn.SetDeadline(time.Time{}) // from now on, each operation has its own
 	return c, nil
@@ -268,15 +270,16 @@ func (s *session) do(what, name string, within time.Duration, operation func() e
 	if err == nil {
 		return nil
 	}
-	var status *sftp.StatusError
-	if errors.As(err, &status) { // with a text of the server
-		err = fmt.Errorf("the server answers: %s", clip(status.Error()))
+	if errors.As(err, new(*sftp.StatusError)) {
+		err = fmt.Errorf("the server answers: %s", clip(err.Error()))
 	} else if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+		text := clip(err.Error())
 		select { // the reader of the connection may learn of its end a moment later
 		case <-s.lost:
-			err = fmt.Errorf("the connection has ended: %w", err)
+			text = "the connection has ended: " + text
 		case <-time.After(100 * time.Millisecond):
 		}
+		err = errors.New(text)
 	}
 	return fmt.Errorf("%s %s: %w", what, name, err)
 }
@@ -318,8 +321,8 @@ func (s *session) list(id string) (files map[string]int64, beside []string, err 
 			files[name] = info.Size()
 		}
 		of, part := strings.CutSuffix(name, backup.PartSuffix)
-		of, other := strings.CutSuffix(of, otherSuffix)
-		if _, _, ok := kind(of, id); ok && part != other && info.Mode().IsRegular() {
+		other := original(of) != of
+		if _, _, ok := kind(original(of), id); ok && part != other && info.Mode().IsRegular() {
 			beside = append(beside, name)
 		}
 	}
@@ -412,15 +415,21 @@ func (s *session) done(name string, f *sftp.File) error {
 }
 
 // upload sends a file under the name of a part, goes on with a part that is there, and gives the
-// part the final name when the server's disk has it. between is called after each piece.
-func (s *session) upload(local io.ReaderAt, f file, between func() error) error {
+// part the final name when the server's disk has it. between is called after each piece, with the
+// number of bytes that the server has.
+func (s *session) upload(local io.ReaderAt, f file, between func(at int64) error) error {
 	part := f.name + backup.PartSuffix
 	at, err := s.size(part)
 	if err != nil {
 		return err
 	}
 	flags := os.O_RDWR | os.O_CREATE
-	if at = min(at-window, f.size); at > 0 { // the last window may have holes
+	if s.wrote[part] {
+		at = min(at-window, f.size) // the last window may have holes
+	} else { // the server may have lost its power: fill has synced the multiple of syncEvery below
+		at = (min(at, f.size) - 1) / syncEvery * syncEvery
+	}
+	if at > 0 {
 		alike, err := s.alike(local, part, at)
 		if err != nil {
 			return err
@@ -439,6 +448,7 @@ func (s *session) upload(local io.ReaderAt, f file, between func() error) error 
 	}); err != nil {
 		return err
 	}
+	s.wrote[part] = true
 	err = s.fill(local, remote, f, part, at, between)
 	if err = errors.Join(err, s.done(part, remote)); err != nil {
 		return err
@@ -446,35 +456,42 @@ func (s *session) upload(local io.ReaderAt, f file, between func() error) error 
 	return s.rename(part, f.name)
 }
 
-// fill writes the file from an offset on.
+// fill writes the file from an offset on. Pieces grow while the link brings them in good time. Each
+// multiple of syncEvery is synced before more is sent.
 func (s *session) fill(
-	local io.ReaderAt, remote *sftp.File, f file, part string, at int64, between func() error,
+	local io.ReaderAt, remote *sftp.File, f file, part string, at int64, between func(at int64) error,
 ) error {
 	if err := s.do("truncate", part, s.times.within, func() error { return remote.Truncate(at) }); err != nil {
 		return err
 	}
-	for synced := at; at < f.size; {
-		piece := io.NewSectionReader(local, at, min(window, f.size-at))
+	for size := int64(piece); at < f.size; {
+		next := io.NewSectionReader(local, at, min(size, f.size-at, syncEvery-at%syncEvery))
+		began := time.Now()
 		if err := s.do("write", part, s.times.within, func() error {
 			if _, err := remote.Seek(at, io.SeekStart); err != nil {
 				return err
 			}
-			n, err := remote.ReadFromWithConcurrency(piece, 32)
-			if err == nil && n != piece.Size() {
+			n, err := remote.ReadFromWithConcurrency(next, 32)
+			if err == nil && n != next.Size() {
 				err = io.ErrUnexpectedEOF
 			}
 			return err
 		}); err != nil {
 			return err
 		}
-		at += piece.Size()
-		if at-synced >= syncEvery && at < f.size {
+		at += next.Size()
+		switch took := time.Since(began); {
+		case took < s.times.within/8:
+			size = min(2*size, window)
+		case took > s.times.within/2:
+			size = max(size/2, piece)
+		}
+		if at%syncEvery == 0 && at < f.size {
 			if err := s.sync(part, remote); err != nil {
 				return err
 			}
-			synced = at
 		}
-		if err := between(); err != nil {
+		if err := between(at); err != nil {
 			return err
 		}
 	}
@@ -497,18 +514,24 @@ func (s *session) sync(name string, f *sftp.File) error {
 	return s.do("sync", name, s.times.syncWithin, f.Sync)
 }
 
-// rename replaces a file. A server without posix-rename@openssh.com replaces none, so the old one
-// is removed before.
+// rename replaces no file, unlike posix-rename@openssh.com, and removes none: a server may refuse
+// both.
 func (s *session) rename(from, to string) error {
-	if _, ok := s.sftp.HasExtension("posix-rename@openssh.com"); ok {
-		return s.do("rename to", to, s.times.within, func() error {
-			return s.sftp.PosixRename(s.path(from), s.path(to))
-		})
-	}
-	if err := s.remove(to); err != nil {
-		return err
-	}
 	return s.do("rename to", to, s.times.within, func() error { return s.sftp.Rename(s.path(from), s.path(to)) })
+}
+
+// putBeside gives a file the next free name beside it.
+func (s *session) putBeside(name string) error {
+	for n := 1; n <= mostOthers; n++ {
+		to := other(name, n)
+		if size, err := s.size(to); err != nil {
+			return err
+		} else if size < 0 {
+			return s.rename(name, to)
+		}
+	}
+	return fmt.Errorf("%s: the server has another file of this name, and %d beside it: look at them, and remove "+
+		"them there", name, mostOthers)
 }
 
 // append writes what the server lacks of a file of lists, one piece after the other: the server's

@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"countersign/internal/scantest"
 
@@ -44,6 +45,7 @@ type Server struct {
 	sent   atomic.Int64 // bytes from clients
 	cut    atomic.Int64 // bytes from clients until the line is cut; negative: it is not cut
 	silent atomic.Bool  // nothing passes to clients
+	rate   atomic.Int64 // bytes per second from clients; 0: as fast as can be
 }
 
 // sshd is Debian's path, which is in no user's PATH.
@@ -156,6 +158,9 @@ func (s *Server) Cut(after int64) { s.cut.Store(after) }
 // Silence has the server answer nothing from now on, or again.
 func (s *Server) Silence(on bool) { s.silent.Store(on) }
 
+// Slow has the line carry so many bytes per second from clients.
+func (s *Server) Slow(rate int64) { s.rate.Store(rate) }
+
 // Away ends all connections, and refuses further ones. Away(false) is the return of the server.
 func (s *Server) Away(away bool) {
 	s.mu.Lock()
@@ -232,6 +237,9 @@ func (s *Server) forward(to io.Writer, from net.Conn) {
 			return
 		}
 		s.sent.Add(int64(n))
+		if rate := s.rate.Load(); rate > 0 {
+			time.Sleep(time.Duration(n) * time.Second / time.Duration(rate))
+		}
 		if left := s.cut.Load(); left >= 0 {
 			if left == 0 || left < int64(n) {
 				s.Away(true)
