@@ -103,10 +103,16 @@ func TestMetrics(t *testing.T) {
 		"[[sinks]]\nname = \"siem\"\nfile = \"events.jsonl\"\n")
 	s.backedUp()
 	s.edit("countersign.toml", "lists = false", "lists = true")
+	s.mirrored()
 	p := s.serve()
 	s.enrol()
+	s.holds()
+	s.must("admin", "key", "create", "vault", "--recoverable")
 	s.newBackup()
-	if out, exit := s.drilled(); exit != 0 {
+	drill := s.ceremony("drill", "--holders", "--identity", s.path("recovery.key"), "--scratch", t.TempDir())
+	drill.give("alice")
+	drill.give("bob")
+	if out, exit := drill.end(); exit != 0 {
 		t.Fatalf("drill: %d\n%s", exit, out)
 	}
 	db := s.scrapedBy(prometheus, address)

@@ -113,6 +113,7 @@ type soak struct {
 	epochs    int          // with an old end, for retention
 	faulty    []fault
 	rotations int
+	deferred  int // rotations that the daemon tries again
 	stranger  *operator
 	receiver  *receiver // of the appliance's own alerts
 
@@ -364,8 +365,9 @@ func (k *soak) end() {
 		k.t.Logf("%8d %s", k.answers[name], name)
 		sum += k.answers[name]
 	}
-	k.t.Logf("%d answers, %d sign requests, %d verifications, %d rotations, %d checkpoints; the state has had %v",
-		sum, len(k.asked), len(k.verified), k.rotations, len(k.checkpoints.checkpoints),
+	k.t.Logf("%d answers, %d sign requests, %d verifications, %d rotations (%d deferred), %d checkpoints; "+
+		"the state has had %v",
+		sum, len(k.asked), len(k.verified), k.rotations, k.deferred, len(k.checkpoints.checkpoints),
 		slices.Sorted(maps.Keys(k.causes)))
 	if k.answers["sign ok"] < 500 {
 		k.t.Errorf("only %d signatures: too few for the soak to prove anything", k.answers["sign ok"])
@@ -424,6 +426,8 @@ func (k *soak) rotate(n int, _ *rand.Rand) error {
 		switch {
 		case err == nil:
 			k.rotations++
+		case strings.Contains(err.Error(), "it is tried again until"): // also after a strange answer of SoftHSM
+			k.deferred++
 		case !strings.Contains(err.Error(), "answer handshakes"): // as many listener keys as may be
 			return fmt.Errorf("rotate %s: %w", name, err)
 		}
