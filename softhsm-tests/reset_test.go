@@ -22,6 +22,7 @@ import (
 	"countersign/tpm/tpmtest"
 
 	"github.com/miekg/pkcs11"
+	"golang.org/x/sys/unix"
 )
 
 // resetting is the command line of a factory reset without approvals. The free space of the disk of
@@ -145,7 +146,8 @@ func TestFactoryReset(t *testing.T) {
 	for _, want := range []string{
 		"4 keys of the token main: audit-log/1", s.path("ledger.db") + " (the ledger)", "ledger.db.replaced-2026",
 		s.path("pin") + " (PIN of the token main)", "2 of them must", "1 file of backups in " + s.path("backups"),
-		"free blocks", "keys: main: 4\n",
+		"free blocks", "keys: main: 4\n", "recoverable: none\n",
+		"stays        " + s.path("softhsm2.conf") + " (SOFTHSM2_CONF of the token main)",
 	} {
 		if !strings.Contains(asked, want) {
 			t.Errorf("factory-reset does not say %q:\n%s", want, asked)
@@ -463,6 +465,9 @@ func TestFactoryResetTPM(t *testing.T) {
 		if len(want) == len(with) {
 			t.Fatalf("there is no counter: %v", with)
 		}
+		if _, asked := s.askReset("--without-token", "main"); !strings.Contains(asked, "stays        the counter of") {
+			t.Errorf("a counter whose token is left: %s", asked)
+		}
 		out := s.reset(more...)
 		if got := e.Lasting(t); !slices.Equal(got, want) {
 			t.Errorf("the TPM has %v, want %v\n%s", got, want, out)
@@ -500,6 +505,18 @@ func TestFactoryResetOfTwoUsers(t *testing.T) {
 		t.Errorf("a marker of the daemon's user: %d\n%s", code, out)
 	}
 	s.ok(os.Remove(marker))
+	s.ok(os.Mkdir(s.path("foreign"), 0o700))
+	foreign := s.path("foreign/main.0.journal")
+	s.ok(os.WriteFile(foreign, []byte("foreign"), 0o600))
+	s.ok(os.Rename(s.path("keys/journal"), s.path("keys/away")))
+	s.ok(os.Symlink(s.path("foreign"), s.path("keys/journal")))
+	s.ok(os.Lchown(s.path("keys/journal"), int(u.keys.Uid), int(u.keys.Gid)))
+	if out, code := s.daemon(s.resetting(text)...); code == 0 || !strings.Contains(out, "is a link of user") {
+		t.Errorf("a link in place of a folder: %d\n%s", code, out)
+	}
+	s.ok(os.Remove(s.path("keys/journal")))
+	s.ok(os.Rename(s.path("keys/away"), s.path("keys/journal")))
+	s.ok(os.Link(foreign, s.path("keys/journal/main.9.journal")))
 	// Links in folders of the other users lead nowhere else.
 	s.write("precious", "Precious: yes\n") // in the form of a file of headers, for all who read the configuration
 	s.ok(os.Chown(s.path("precious"), int(u.keys.Uid), int(u.keys.Gid)))
@@ -508,7 +525,10 @@ func TestFactoryResetOfTwoUsers(t *testing.T) {
 	s.ok(os.Lchown(s.path("keys/password"), int(u.keys.Uid), int(u.keys.Gid)))
 	s.edit("countersign.toml", "\n[tokens.main]", "\n[traces]\nendpoint = \"http://127.0.0.1:1/v1/traces\"\n"+
 		"headers_file = \"keys/password\"\n\n[tokens.main]")
-	s.reset()
+	if out := s.reset(); !strings.Contains(out, "another name, which keeps the content") ||
+		string(must(os.ReadFile(foreign))(t)) != "foreign" {
+		t.Errorf("a file with a name elsewhere: %s", out)
+	}
 	left := must(filepath.Glob(s.path("state/*")))(t)
 	left = append(left, must(filepath.Glob(s.path("keys/journal/*")))(t)...)
 	left = append(left, must(filepath.Glob(s.path("keys/p*")))(t)...)
@@ -517,6 +537,84 @@ func TestFactoryResetOfTwoUsers(t *testing.T) {
 	}
 	if string(s.read("precious")) != "Precious: yes\n" {
 		t.Error("a file behind a link was overwritten")
+	}
+}
+
+// markerOf is a marker of this user, as a reset has written it that was cut off.
+func (s *system) markerOf(name string, phases ...string) map[string]any {
+	return map[string]any{"format": 1, "begun": "2026-01-01T00:00:00Z", "appliance": name, "typed": true,
+		"extent": map[string]any{"free_space": false}, "record": s.record(), "folders": []string{s.dir}, "done": phases,
+		"at": []string{s.path("countersign.toml"), s.path("ledger.db")}}
+}
+
+// TestFactoryResetOfAnother refuses a marker that is of the reset of another appliance, and a stub
+// that is of another configuration. Nothing is destroyed.
+func TestFactoryResetOfAnother(t *testing.T) {
+	s := newSystem(t)
+	p := s.serve()
+	key := strings.Split(s.must("admin", "audit", "key"), "/")
+	name := key[0] + "/" + key[1]
+	p.stop()
+	before := s.labels()
+	marker := s.path("factory-reset.json")
+	all := []string{"keys", "counter", "storage roots"}
+	unapproved, elsewhere := s.markerOf(name), s.markerOf(name)
+	unapproved["typed"] = false
+	elsewhere["at"] = []string{s.path("countersign.toml"), s.path("other.db")}
+	const other = "countersign/0011223344556677"
+	for what, c := range map[string]struct {
+		marker map[string]any
+		says   string
+	}{
+		"another appliance":               {s.markerOf(other), "appliance is " + other},
+		"another appliance, without keys": {s.markerOf(other, all...), "appliance is"},
+		"another ledger of the folder":    {elsewhere, "configuration and ledger are"},
+		"no approvals":                    {unapproved, "approvals are none here"},
+	} {
+		s.ok(os.WriteFile(marker, must(json.Marshal(c.marker))(t), 0o600))
+		if out, code := s.daemon("factory-reset"); code == 0 || !strings.Contains(out, c.says) {
+			t.Errorf("%s: %d\n%s", what, code, out)
+		}
+	}
+	s.ok(os.Remove(marker))
+	if !slices.Equal(s.labels(), before) || !exists(s.path("ledger.db")) {
+		t.Fatal("a marker of another reset has destroyed something")
+	}
+
+	config := s.read("countersign.toml")
+	s.write("countersign.toml.factory-reset", string(must(json.Marshal(map[string]any{
+		"marker": marker, "record": s.record(), "appliance": name,
+		"files": []map[string]string{{"path": s.path("countersign.toml"), "sha256": "00", "what": "the configuration"},
+			{"path": marker, "sha256": "00", "what": "the marker"}},
+	}))(t)))
+	if out, code := s.daemon("check"); code != 2 || !strings.Contains(out, "run countersignd factory-reset again") {
+		t.Errorf("check beside a stub: %d\n%s", code, out)
+	}
+	out, code := s.daemon("factory-reset")
+	if code != 0 || !strings.Contains(out, "another file than the reset's") ||
+		!slices.Equal(s.read("countersign.toml"), config) || exists(s.path("countersign.toml.factory-reset")) {
+		t.Errorf("a stub of another configuration: %d\n%s", code, out)
+	}
+	s.serve().stop()
+}
+
+// TestFactoryResetCredential leaves a PIN alone that is a credential of systemd, and says how a
+// command of root gets it.
+func TestFactoryResetCredential(t *testing.T) {
+	s := newSystem(t)
+	s.serve().stop()
+	folder := t.TempDir()
+	s.ok(os.Rename(s.path("pin"), filepath.Join(folder, "pin")))
+	s.edit("countersign.toml", `"pin"`, `"$CREDENTIALS_DIRECTORY/pin"`)
+	out, code := s.daemon(s.resetting(filepath.Join(t.TempDir(), "text"))...)
+	if code == 0 || !strings.Contains(out, "CREDENTIALS_DIRECTORY names a folder") {
+		t.Errorf("without the credential: %d\n%s", code, out)
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", folder)
+	out = s.reset()
+	if kept := filepath.Join(folder, "pin"); !exists(kept) ||
+		!strings.Contains(out, "stays        "+kept+" (PIN of the token main)") {
+		t.Errorf("the credential is there: %v\n%s", exists(kept), out)
 	}
 }
 
@@ -552,6 +650,38 @@ func TestFactoryResetLeavesNothing(t *testing.T) {
 	})
 }
 
+// killedInFill kills a reset while it fills the disk. No file of the fill stays. reserve reads the
+// number of blocks that the file system keeps for itself, and before is this number.
+func (s *system) killedInFill(at string, args ...string) (reserve func() string, before string) {
+	s.t.Helper()
+	dev := must(os.Stat(at))(s.t).Sys().(*syscall.Stat_t).Dev
+	device := must(os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(dev), unix.Minor(dev))))(s.t)
+	file := filepath.Join("/sys/fs/ext4", filepath.Base(device), "reserved_clusters")
+	reserve = func() string { return strings.TrimSpace(string(must(os.ReadFile(file))(s.t))) }
+	before = reserve()
+	cmd := exec.Command(filepath.Join(bin, "countersignd"), append(args, "--config", s.path("countersign.toml"))...)
+	s.ok(cmd.Start())
+	ended := make(chan struct{})
+	go func() { cmd.Wait(); close(ended) }()
+	for reserve() != "0" {
+		select {
+		case <-ended:
+			s.t.Fatal("the reset has not taken the reserve")
+		default:
+		}
+	}
+	cmd.Process.Kill()
+	<-ended
+	if reserve() != "0" || before == "0" {
+		s.t.Fatalf("the reserve is %s, and was %s: the kill was too late", reserve(), before)
+	}
+	eventually(s.t, "there is room", func() bool {
+		var st unix.Statfs_t
+		return unix.Statfs(at, &st) == nil && st.Bavail*uint64(st.Bsize) > 20<<20
+	})
+	return reserve, before
+}
+
 // leavesNothing is the test on an image that a program mounts. Some percent of the blocks are
 // reserved for root.
 func leavesNothing(t *testing.T, reserved, mounter string, options ...string) {
@@ -564,8 +694,8 @@ func leavesNothing(t *testing.T, reserved, mounter string, options ...string) {
 			t.Fatalf("%s %v: %v\n%s", name, args, err, out)
 		}
 	}
-	const before, size = "before the file system was made, ", 64 << 20
-	s.ok(os.WriteFile(image, bytes.Repeat([]byte(before), size/len(before)+1)[:size], 0o600))
+	const unwritten, size = "before the file system was made, ", 64 << 20
+	s.ok(os.WriteFile(image, bytes.Repeat([]byte(unwritten), size/len(unwritten)+1)[:size], 0o600))
 	run("/usr/sbin/mkfs.ext4", "-q", "-F", "-b", "1024", "-m", reserved, "-E", "nodiscard", image)
 	mounted := false
 	mount := func() {
@@ -665,7 +795,16 @@ environment = { SOFTHSM2_CONF = %q }
 		!strings.Contains(out, "overwrites   the free space of the disk of "+at) {
 		t.Fatalf("factory-reset, which must not fill another disk: %d\n%s", code, out)
 	}
-	out, code := s.daemon(append(args, "--approval", s.signText(s.root, text))...)
+	args = append(args, "--approval", s.signText(s.root, text))
+	reserve, before := func() string { return "" }, ""
+	if mounter == "mount" {
+		reserve, before = s.killedInFill(at, args...)
+		args = []string{"factory-reset"}
+	}
+	out, code := s.daemon(args...)
+	if reserve() != before {
+		t.Errorf("the file system keeps %s blocks for itself, and has kept %s", reserve(), before)
+	}
 	if code != 0 || !strings.Contains(out, "\noverwritten ") {
 		t.Fatalf("factory-reset: %d\n%s", code, out)
 	}
@@ -687,7 +826,7 @@ environment = { SOFTHSM2_CONF = %q }
 				to = from
 			}
 			for ; from <= to && from > 0; from++ {
-				if bytes.Contains(disk[from<<10:(from+1)<<10], []byte(before)) {
+				if bytes.Contains(disk[from<<10:(from+1)<<10], []byte(unwritten)) {
 					missed++
 				}
 			}

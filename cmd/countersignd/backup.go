@@ -133,7 +133,8 @@ func (c *Config) backup() appliance.BackupConfig {
 		}
 	}
 	left := func(what, path string) {
-		if l := (backup.Left{Path: absolutePath(path), What: what}); path != "" && !slices.Contains(b.Left, l) {
+		at := either(strings.HasPrefix(path, credentials), path, absolutePath(path))
+		if l := (backup.Left{Path: at, What: what}); path != "" && !slices.Contains(b.Left, l) {
 			b.Left = append(b.Left, l)
 		}
 	}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,35 +35,118 @@ type resetFile struct {
 
 func (f resetFile) path() string { return filepath.Join(f.root, f.name) }
 
+// openFolder opens a folder. A link on the way must be of root or of this user: another user could
+// lead root to files that are not the appliance's.
+func openFolder(path string) (*os.Root, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("%s is no absolute path", path)
+	}
+	fail := func(err error) (*os.Root, error) {
+		return nil, &fs.PathError{Op: "open the folder", Path: path, Err: err}
+	}
+	const how = unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	at, err := unix.Open("/", how, 0)
+	if err != nil {
+		return fail(err)
+	}
+	defer func() { unix.Close(at) }()
+	todo := strings.Split(path, "/")
+	for links := 0; len(todo) > 0; todo = todo[1:] {
+		if todo[0] == "" {
+			continue
+		}
+		next, err := unix.Openat(at, todo[0], how, 0)
+		if err != nil {
+			return fail(err)
+		}
+		var st unix.Stat_t
+		if err = unix.Fstat(next, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFLNK {
+			unix.Close(at)
+			at = next
+			continue
+		}
+		target, n := make([]byte, unix.PathMax), 0
+		if links++; err == nil && links > 40 {
+			err = unix.ELOOP
+		} else if err == nil && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+			err = fmt.Errorf("%s is a link of user %d, who could have changed where it leads: put the folder in its "+
+				"place", todo[0], st.Uid)
+		}
+		if err == nil {
+			n, err = unix.Readlinkat(next, "", target)
+		}
+		if err = errors.Join(err, unix.Close(next)); err != nil {
+			return fail(err)
+		}
+		if target[0] == '/' {
+			root, err := unix.Open("/", how, 0)
+			if err != nil {
+				return fail(err)
+			}
+			unix.Close(at)
+			at = root
+		}
+		todo = append(append([]string{""}, strings.Split(string(target[:n]), "/")...), todo[1:]...)
+	}
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", at))
+	if err != nil {
+		return fail(err)
+	}
+	return root, nil
+}
+
 // erase writes zeros over a file, once and in place, and removes the name. A file that is not there
-// is no error. A link and a socket have no content.
-func (f resetFile) erase() error {
-	root, err := os.OpenRoot(f.root)
+// is no error. A link and a socket have no content. A file with another name is kept for that name,
+// which may be another program's.
+func (f resetFile) erase() (kept bool, err error) {
+	root, err := openFolder(f.root)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	} else if err != nil {
-		return err
+		return false, err
 	}
 	defer root.Close()
 	info, err := root.Lstat(f.name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	} else if err != nil {
-		return err
+		return false, err
 	}
 	if info.Mode().IsRegular() {
-		file, err := root.OpenFile(f.name, os.O_WRONLY|unix.O_NONBLOCK, 0)
+		file, err := root.OpenFile(f.name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 		if err != nil {
-			return err
+			return false, err
 		}
-		if err := errors.Join(zero(file), file.Close()); err != nil {
-			return err
+		open, err := file.Stat()
+		if err == nil && open.Sys().(*syscall.Stat_t).Nlink > 1 {
+			kept = true
+		} else if err == nil {
+			err = zero(file)
+		}
+		if err = errors.Join(err, file.Close()); err != nil {
+			return false, err
 		}
 	}
 	if err := root.Remove(f.name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return false, err
 	}
-	return durable.Sync(filepath.Dir(f.path()))
+	folder, err := root.Open(filepath.Dir(f.name))
+	if err != nil {
+		return false, err
+	}
+	return kept, errors.Join(folder.Sync(), folder.Close())
+}
+
+// destroyFile destroys a file, and says so.
+func (x *reset) destroyFile(f resetFile, what string) error {
+	kept, err := f.erase()
+	if err == nil && kept {
+		err = x.note("doubtful", what+": the file has another name, which keeps the content")
+	}
+	if err == nil {
+		err = x.note("destroyed", what)
+	}
+	return err
 }
 
 // zero writes zeros over an open file, and syncs.
@@ -134,22 +219,15 @@ func (x *reset) listFiles() (files []resetFile, stays []string, err error) {
 					(strings.HasSuffix(file, ".journal") || strings.HasSuffix(file, ".cut"))
 			})
 		}
-		left := slices.Contains(x.LeftTokens, name)
+		left := slices.Contains(x.LeftTokens, name) // whose files are said below to stay
 		if t.TPM != "" && !left {
 			l.each(absolutePath(t.State), ".", "of the TPM of the token "+name, func(file string) bool {
 				return file == "tpm.json" || strings.HasPrefix(file, ".new-") ||
 					strings.HasSuffix(file, ".key.json") || strings.HasSuffix(file, ".approval.json")
 			})
 		}
-		switch pin := absolutePath(cmp.Or(t.pinPath(), t.PINFile)); {
-		case pin == "":
-		case x.KeepPINs || left:
-			keep("%s (PIN of the token %s)", pin, name)
-		default:
-			l.named(pin, "PIN of the token "+name)
-		}
-		if t.PolicyKey != "" {
-			keep("%s (public key of the approver of states)", absolutePath(t.PolicyKey))
+		if !x.KeepPINs && !left {
+			l.named(cmp.Or(t.pinPath(), t.PINFile), "PIN of the token "+name)
 		}
 		if t.TPM == "" {
 			keep("the token of %s itself, with its label, its PINs and the objects of other programs", name)
@@ -185,9 +263,20 @@ func (x *reset) listFiles() (files []resetFile, stays []string, err error) {
 			keep("%s (a certificate authority, which is public)", f.Path)
 		}
 	}
+	for _, f := range c.backup().Left {
+		if _, err := os.Lstat(f.Path); (err == nil || isCredential(f.Path)) && !l.seen[f.Path] {
+			keep("%s (%s)", f.Path, f.What)
+		}
+	}
 	keep("the daemon's log where it goes, copies of files that others have made, and seed files in %s", c.ImportFolder)
 	l.named(x.path, "the configuration")
 	return l.files, stays, errors.Join(l.errs...)
+}
+
+// isCredential reports that a file is a credential of systemd, which has its source elsewhere.
+func isCredential(path string) bool {
+	folder := os.Getenv("CREDENTIALS_DIRECTORY")
+	return strings.HasPrefix(path, credentials) || folder != "" && below(path, filepath.Clean(folder))
 }
 
 // fileList collects files, each once.
@@ -207,10 +296,10 @@ func (l *fileList) add(f resetFile) {
 // named adds a file that the configuration names. Of a link that nobody but root and this user can
 // have made, the file that the link leads to goes, too.
 func (l *fileList) named(path, what string) {
-	if path == "" || strings.HasPrefix(path, credentials) {
+	if path == "" || isCredential(path) {
 		return
 	}
-	linked := ""
+	path, linked := absolutePath(path), ""
 	if real, err := filepath.EvalSymlinks(path); err == nil && real != path {
 		linked = ", a link"
 		if unchanged(what, path) == nil {
@@ -226,7 +315,7 @@ func (l *fileList) named(path, what string) {
 
 // each adds the files of a folder below root that a function takes; nil takes all.
 func (l *fileList) each(root, folder, what string, takes func(name string) bool) {
-	open, err := os.OpenRoot(root)
+	open, err := openFolder(root)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	} else if err != nil {
@@ -247,7 +336,7 @@ func (l *fileList) each(root, folder, what string, takes func(name string) bool)
 
 // tree adds all files of a folder below root, and of the folders in it.
 func (l *fileList) tree(root, folder, what string) {
-	open, err := os.OpenRoot(root)
+	open, err := openFolder(root)
 	if err != nil {
 		l.errs = append(l.errs, err)
 		return
@@ -278,32 +367,35 @@ func (x *reset) destroyFiles(ctx context.Context) (all error) {
 		}
 		err := ctx.Err()
 		if err == nil {
-			err = f.erase()
-		}
-		if err == nil {
-			err = x.note("destroyed", fmt.Sprintf("%s (%s)", f.path(), f.what))
+			err = x.destroyFile(f, fmt.Sprintf("%s (%s)", f.path(), f.what))
 		}
 		all = errors.Join(all, err)
 	}
-	for _, pattern := range []string{x.c.Ledger + ".sinks", x.c.Ledger + ".journal",
-		filepath.Join(filepath.Dir(x.c.Ledger), scratchPrefix+"*")} {
-		folders, _ := filepath.Glob(pattern)
+	root, err := openFolder(filepath.Dir(absolutePath(x.c.Ledger)))
+	if err != nil {
+		return errors.Join(all, err)
+	}
+	defer root.Close()
+	for _, pattern := range []string{filepath.Base(x.c.Ledger) + ".sinks", filepath.Base(x.c.Ledger) + ".journal",
+		scratchPrefix + "*"} {
+		folders, _ := fs.Glob(root.FS(), pattern)
 		for _, folder := range folders {
-			removeEmpty(folder)
+			removeEmpty(root, folder)
 		}
 	}
 	return all
 }
 
-// removeEmpty removes a folder and the folders in it, as far as they are empty.
-func removeEmpty(folder string) {
-	entries, _ := os.ReadDir(folder)
-	for _, e := range entries {
-		if e.IsDir() {
-			removeEmpty(filepath.Join(folder, e.Name()))
-		}
+// removeEmpty removes a folder below root and the folders in it, as far as they are empty.
+func removeEmpty(root *os.Root, folder string) {
+	if info, err := root.Lstat(folder); err != nil || !info.IsDir() {
+		return
 	}
-	unix.Rmdir(folder) // a link is none
+	entries, _ := fs.ReadDir(root.FS(), filepath.ToSlash(folder))
+	for _, e := range entries {
+		removeEmpty(root, filepath.Join(folder, e.Name()))
+	}
+	root.Remove(folder)
 }
 
 // configFiles are the configuration, and what it leads to if it is a link.
@@ -319,12 +411,29 @@ func (x *reset) configFiles() []string {
 type disk struct {
 	folder string
 	free   uint64 // bytes
-	kind   int64
+	device uint64
+	kind   string // such as ext4; "": not known
+}
+
+// inPlace reports that the file system writes a file where it was. The others keep what is
+// overwritten, and filling them helps nobody.
+func (d disk) inPlace() bool {
+	return slices.Contains([]string{"ext2", "ext3", "ext4", "fuse.ext4", "xfs", "vfat"}, d.kind)
+}
+
+func (d disk) doubt() string {
+	return fmt.Sprintf("the file system of %s (%s) may keep what was overwritten, and its free space is left alone: "+
+		"discard the whole disk, or destroy its encryption key", d.folder, cmp.Or(d.kind, "of an unknown kind"))
 }
 
 // disks lists the file systems of the files, by a folder of each. Memory is no disk.
-func (x *reset) disks() (all []disk) {
-	folders := append([]string{filepath.Dir(x.c.Ledger)}, x.ownFolders()...)
+func (x *reset) disks() (all []disk, err error) {
+	folders := append([]string{filepath.Dir(absolutePath(x.c.Ledger))}, x.ownFolders()...)
+	for name, t := range x.c.Tokens {
+		if conf := t.softHSMConf(); t.TPM == "" && !slices.Contains(x.LeftTokens, name) && softHSMTokens(conf) != "" {
+			folders = append(folders, softHSMTokens(conf))
+		}
+	}
 	for _, f := range x.found.files { // a link has no content, and backups are encrypted
 		if info, err := os.Lstat(f.path()); err == nil && info.Mode().IsRegular() && f.root != x.c.Backup.Folder {
 			folders = append(folders, filepath.Dir(f.path()))
@@ -333,25 +442,56 @@ func (x *reset) disks() (all []disk) {
 	if x.marker != nil { // the files may be gone
 		folders = x.marker.Folders
 	}
-	seen := map[uint64]bool{}
-	for _, folder := range folders {
-		info, err := os.Stat(folder)
-		var s unix.Statfs_t
-		if err != nil || unix.Statfs(folder, &s) != nil {
-			continue
-		}
-		device, kind := info.Sys().(*syscall.Stat_t).Dev, int64(s.Type)
-		if seen[device] || kind == unix.TMPFS_MAGIC || kind == unix.RAMFS_MAGIC {
-			continue
-		}
-		seen[device] = true
-		all = append(all, disk{folder, either(os.Geteuid() == 0, s.Bfree, s.Bavail) * uint64(s.Bsize), kind})
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
 	}
-	return all
+	for _, folder := range folders {
+		d, err := diskOf(folder, string(mounts))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		seen := slices.ContainsFunc(all, func(other disk) bool { return other.device == d.device })
+		if !seen && d.kind != "tmpfs" && d.kind != "ramfs" {
+			all = append(all, d)
+		}
+	}
+	return all, nil
 }
 
-// inPlace are kinds of file systems that write a file where it was.
-var inPlace = []int64{unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.MSDOS_SUPER_MAGIC}
+// diskOf finds out about the file system of a folder, with the table of mounts.
+func diskOf(folder, mounts string) (d disk, err error) {
+	root, err := openFolder(folder)
+	if err != nil {
+		return d, err
+	}
+	defer root.Close()
+	open, err := root.Open(".")
+	if err != nil {
+		return d, err
+	}
+	defer open.Close()
+	var s unix.Statfs_t
+	var st unix.Stat_t
+	if err := errors.Join(unix.Fstatfs(int(open.Fd()), &s), unix.Fstat(int(open.Fd()), &st)); err != nil {
+		return d, fmt.Errorf("%s: %w", folder, err)
+	}
+	d = disk{folder, either(os.Geteuid() == 0, s.Bfree, s.Bavail) * uint64(s.Bsize), st.Dev, ""}
+	for line := range strings.Lines(mounts) {
+		of, kind, _ := strings.Cut(line, " - ")
+		if fields := strings.Fields(of); len(fields) > 2 && fields[2] == d.number() {
+			d.kind, _, _ = strings.Cut(kind, " ")
+		}
+	}
+	return d, nil
+}
+
+// number is the number of the device, such as 8:1.
+func (d disk) number() string {
+	return fmt.Sprintf("%d:%d", unix.Major(d.device), unix.Minor(d.device))
+}
 
 const fillPrefix = ".factory-reset-fill-"
 
@@ -359,27 +499,46 @@ const fillPrefix = ".factory-reset-fill-"
 // All versions that a rename has replaced are there, and so are the names of the files in folders
 // that were removed.
 func (x *reset) overwriteSpace(ctx context.Context) error {
-	for _, disk := range x.disks() {
-		if !slices.Contains(inPlace, disk.kind) {
-			err := x.note("doubtful", fmt.Sprintf("the file system of %s (kind %#x) may keep what was overwritten: "+
-				"discard the whole disk, or destroy its encryption key", disk.folder, disk.kind))
-			if err != nil {
+	disks, err := x.disks()
+	if err != nil {
+		return err
+	}
+	reserved := map[string]string{}
+	for _, disk := range disks { // before all fills, which overwrite the marker of before
+		if x.FreeSpace && disk.reserve() != "" {
+			before, err := os.ReadFile(disk.reserve())
+			if err == nil { // another error is told below
+				reserved[disk.reserve()] = string(before)
+			}
+		}
+	}
+	if x.marker.Reserved = reserved; len(reserved) > 0 {
+		if err := x.writeMarker(); err != nil {
+			return err
+		}
+	}
+	for _, disk := range disks {
+		if !disk.inPlace() {
+			if err := x.note("doubtful", disk.doubt()); err != nil {
 				return err
 			}
+			continue
 		}
 		if !x.FreeSpace {
 			continue
 		}
 		began := time.Now()
-		restore, err := disk.takeReserve()
-		if err != nil {
-			if err := x.note("doubtful", fmt.Sprintf("the file system of %s keeps some free blocks for itself, which "+
-				"are not overwritten: %v", disk.folder, err)); err != nil {
-				return err
+		if path := disk.reserve(); path != "" {
+			// Without this, some free blocks would never be written, by root neither.
+			if err := os.WriteFile(path, []byte("0"), 0); err != nil {
+				if err := x.note("doubtful", fmt.Sprintf("the file system of %s keeps some free blocks for itself, "+
+					"which are not overwritten: %v", disk.folder, err)); err != nil {
+					return err
+				}
 			}
 		}
 		n, err := fill(ctx, disk, x.stderr)
-		if err = errors.Join(err, restore()); err != nil {
+		if err = errors.Join(err, x.giveReserves()); err != nil {
 			return fmt.Errorf("the free space of the disk of %s: %w", disk.folder, err)
 		}
 		if err := x.note("overwritten", fmt.Sprintf("the free space of the disk of %s, %s in %v", disk.folder,
@@ -390,29 +549,30 @@ func (x *reset) overwriteSpace(ctx context.Context) error {
 	return nil
 }
 
-// takeReserve lets files have the blocks that ext4 keeps for its own needs, 2 % and at most 4096
-// blocks, until restore. Without this, some free blocks would never be written, by root neither.
-func (d disk) takeReserve() (restore func() error, err error) {
-	restore = func() error { return nil }
-	var st unix.Stat_t
-	if d.kind != unix.EXT4_SUPER_MAGIC {
-		return restore, nil
-	} else if err := unix.Stat(d.folder, &st); err != nil {
-		return restore, err
+// reserve is the file with the number of blocks that ext4 keeps for its own needs, 2 % and at most
+// 4096 blocks, or "" on another file system.
+func (d disk) reserve() string {
+	if !strings.HasPrefix(d.kind, "ext") {
+		return ""
 	}
-	device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	device, err := os.Readlink("/sys/dev/block/" + d.number())
 	if err != nil {
-		return restore, err
+		device = d.number() // which is not there, and is told so
 	}
-	path := filepath.Join("/sys/fs/ext4", filepath.Base(device), "reserved_clusters")
-	before, err := os.ReadFile(path)
-	if err == nil {
-		err = os.WriteFile(path, []byte("0"), 0)
+	return filepath.Join("/sys/fs/ext4", filepath.Base(device), "reserved_clusters")
+}
+
+// giveReserves gives the file systems the blocks back that they have kept for their own needs.
+func (x *reset) giveReserves() (all error) {
+	if x.marker == nil {
+		return nil
 	}
-	if err != nil {
-		return restore, err
+	for path, before := range x.marker.Reserved {
+		if now, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(now)) == "0" {
+			all = errors.Join(all, os.WriteFile(path, []byte(before), 0))
+		}
 	}
-	return func() error { return os.WriteFile(path, before, 0) }, nil
+	return all
 }
 
 func mebibytes(n uint64) string { return fmt.Sprintf("%d MiB", n>>20) }
@@ -420,9 +580,10 @@ func mebibytes(n uint64) string { return fmt.Sprintf("%d MiB", n>>20) }
 // tellEvery is the time between two lines about the progress.
 const tellEvery = 5 * time.Second
 
-// fill writes files of zeros until the disk has no room, syncs, and removes the files.
+// fill writes files of zeros until the disk has no room, and syncs. The files have no names, so
+// that a kill leaves none.
 func fill(ctx context.Context, d disk, tell io.Writer) (n uint64, err error) {
-	root, err := os.OpenRoot(d.folder)
+	root, err := openFolder(d.folder)
 	if err != nil {
 		return 0, err
 	}
@@ -434,36 +595,23 @@ func fill(ctx context.Context, d disk, tell io.Writer) (n uint64, err error) {
 		for _, f := range files[:min(1, len(files))] {
 			err = errors.Join(err, unix.Syncfs(int(f.Fd())))
 		}
-		for i, f := range files { // a full file system may not remove a file that has blocks
-			err = errors.Join(err, f.Truncate(0), f.Close(), root.Remove(fmt.Sprint(fillPrefix, i)))
+		for _, f := range files { // a full file system may not remove a file that has blocks
+			err = errors.Join(err, f.Truncate(0), f.Close())
 		}
-		err = errors.Join(err, durable.Sync(d.folder))
 	}()
-	entries, err := fs.ReadDir(root.FS(), ".")
-	if err != nil {
-		return 0, err
-	}
-	for _, e := range entries { // of a reset that was killed
-		if !strings.HasPrefix(e.Name(), fillPrefix) || !e.Type().IsRegular() {
-			continue
-		}
-		f, err := root.OpenFile(e.Name(), os.O_WRONLY|os.O_TRUNC|unix.O_NONBLOCK, 0)
-		if err == nil {
-			err = errors.Join(f.Close(), root.Remove(e.Name()))
-		}
-		if err != nil {
-			return 0, err
-		}
-	}
 	began, told, step := time.Now(), time.Now(), len(zeros)
 	for {
-		f, err := root.OpenFile(fmt.Sprint(fillPrefix, len(files)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		name := fmt.Sprint(fillPrefix, len(files))
+		f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if full(err) && len(files) > 0 {
 			return n, nil
 		} else if err != nil {
 			return n, err
 		}
 		files = append(files, f)
+		if err := root.Remove(name); err != nil {
+			return n, err
+		}
 		for size := uint64(0); ; {
 			if err := ctx.Err(); err != nil {
 				return n, err
@@ -499,20 +647,73 @@ func fill(ctx context.Context, d disk, tell io.Writer) (n uint64, err error) {
 	}
 }
 
+// removeFills removes files of a fill that a power cut has left.
+func (d disk) removeFills() error {
+	root, err := openFolder(d.folder)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	for _, e := range entries {
+		if err != nil || !strings.HasPrefix(e.Name(), fillPrefix) || !e.Type().IsRegular() {
+			continue
+		}
+		f, opened := root.OpenFile(e.Name(), os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err = opened; err != nil {
+			break
+		}
+		if info, failed := f.Stat(); failed == nil && info.Sys().(*syscall.Stat_t).Nlink == 1 {
+			err = f.Truncate(0)
+		}
+		err = errors.Join(err, f.Close(), root.Remove(e.Name()))
+	}
+	return err
+}
+
 // full reports that a disk or a quota has no room.
 func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // stub is the content of the file beside the configuration while the configuration and the marker
 // are destroyed, which are overwritten in place and after the free space.
 type stub struct {
-	Marker    string `json:"marker"`
-	Record    string `json:"record"`
-	Appliance string `json:"appliance"`
+	Files     []stubFile `json:"files"`
+	Record    string     `json:"record"`
+	Appliance string     `json:"appliance"`
+}
+
+// stubFile is a file and the hash of its content: the next appliance can have a file of this name.
+type stubFile struct {
+	Path   string `json:"path"`
+	SHA256 string `json:"sha256"`
+	What   string `json:"what"`
+}
+
+// digest returns the hash of the file, and reports whether the file has zeros, which no such file
+// has before it is overwritten.
+func (f stubFile) digest() (hash string, zeros bool, err error) {
+	file, err := os.OpenFile(f.Path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", false, err
+	}
+	defer file.Close()
+	b, err := io.ReadAll(file)
+	return fmt.Sprintf("%x", sha256.Sum256(b)), bytes.IndexByte(b, 0) >= 0, err
 }
 
 // destroyLast destroys the configuration and the marker.
 func (x *reset) destroyLast() error {
-	text, err := json.Marshal(stub{x.c.resetMarker(), x.resetting.record, x.marker.Appliance})
+	s := stub{Record: x.resetting.record, Appliance: x.marker.Appliance}
+	for _, f := range []stubFile{
+		{x.configFiles()[0], "", "the configuration"}, {absolutePath(x.c.resetMarker()), "", "the marker"},
+	} {
+		var err error
+		if f.SHA256, _, err = f.digest(); err != nil {
+			return err
+		}
+		s.Files = append(s.Files, f)
+	}
+	text, err := json.Marshal(s)
 	if err == nil {
 		err = durable.Replace(x.path+resetStub, append(text, '\n'), 0o600)
 	}
@@ -536,17 +737,29 @@ func (x *reset) endLast() (ended bool, err error) {
 		}
 		defer x.record.Close()
 	}
-	for _, path := range append(x.configFiles(), s.Marker) {
-		if err := (resetFile{filepath.Dir(path), filepath.Base(path), ""}).erase(); err != nil {
+	for _, f := range s.Files {
+		hash, zeros, err := f.digest()
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			err = nil
+		case err == nil && hash != f.SHA256 && !zeros:
+			err = x.note("stays", f.Path+": another file than the reset's")
+		case err == nil:
+			err = x.destroyFile(resetFile{filepath.Dir(f.Path), filepath.Base(f.Path), f.What},
+				fmt.Sprintf("%s (%s)", f.Path, f.What))
+		}
+		if err != nil {
 			return false, err
 		}
 	}
-	err = x.note("destroyed", fmt.Sprintf("%s (the configuration)", x.path))
-	if err == nil {
-		err = x.note("ended", fmt.Sprintf("the factory reset of %s; the record is %s", s.Appliance, s.Record))
+	if _, err := os.Stat(x.path); errors.Is(err, fs.ErrNotExist) { // a link that leads nowhere now
+		if _, err := (resetFile{filepath.Dir(x.path), filepath.Base(x.path), ""}).erase(); err != nil {
+			return false, err
+		}
 	}
+	err = x.note("ended", fmt.Sprintf("the factory reset of %s; the record is %s", s.Appliance, s.Record))
 	if err == nil {
-		err = resetFile{filepath.Dir(x.path), filepath.Base(x.path) + resetStub, ""}.erase()
+		_, err = resetFile{filepath.Dir(x.path), filepath.Base(x.path) + resetStub, ""}.erase()
 	}
 	return true, err
 }

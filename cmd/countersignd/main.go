@@ -323,7 +323,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			"their disks. The daemon must be stopped.\n\n" +
 			"Where nobody can approve any more, root types the appliance's name at a terminal (--typed).\n\n" +
 			"Each step is said on stderr and in a file outside (--record). A reset that was cut off goes on\n" +
-			"by the same command, without approvals; no daemon starts until then. Nothing brings the keys back.",
+			"by the same command, without approvals; no daemon starts until then. Nothing brings the keys\n" +
+			"back, but for recoverable keys: recovery holders can, with any backup that is left anywhere.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return factoryReset(cmd.Context(), configPath, resets, stdout, stderr)

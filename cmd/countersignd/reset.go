@@ -89,8 +89,11 @@ type resetMarker struct {
 	Extent    extent          `json:"extent"`
 	Record    string          `json:"record"`
 	Ledger    string          `json:"ledger"`
+	At        []string        `json:"at"`      // paths of the configuration and of the ledger
 	Folders   []string        `json:"folders"` // one of each disk with files to destroy
 	Done      []string        `json:"done"`    // phases
+
+	Reserved map[string]string `json:"reserved,omitempty"` // contents of files of /sys that are changed for a while
 }
 
 // resetApproval is a signature of the text, which anybody can verify: ssh-keygen -Y verify -n
@@ -119,11 +122,13 @@ func (c *Config) resetMarker() string { return filepath.Join(filepath.Dir(c.Ledg
 
 // refuseReset returns an error where a reset was begun and has not ended.
 func (c *Config) refuseReset() error {
-	if _, err := os.Lstat(c.resetMarker()); err != nil {
-		return nil // another error comes again with the ledger
+	for _, path := range []string{c.resetMarker(), c.path + resetStub} {
+		if _, err := os.Lstat(path); err == nil { // another error comes again with the ledger
+			return configError{fmt.Errorf("a factory reset was begun here (%s): run countersignd factory-reset again "+
+				"to finish it", path)}
+		}
 	}
-	return configError{fmt.Errorf("a factory reset was begun here (%s): run countersignd factory-reset again to "+
-		"finish it", c.resetMarker())}
+	return nil
 }
 
 // readMarker reads the marker; nil: no reset was begun. The daemon's user can write to the folder,
@@ -196,6 +201,7 @@ type resetFacts struct {
 	bound    string // the token with the counter; "": none
 	people   operators.Offline
 	files    []resetFile
+	disks    []disk
 	stays    []string
 }
 
@@ -257,7 +263,9 @@ func (x *reset) run(ctx context.Context) (err error) {
 		return err
 	}
 	if x.marker != nil {
-		x.resume()
+		if err := x.resume(); err != nil {
+			return err
+		}
 	}
 	defer func() {
 		closeTokens(x.tokens, x.log)
@@ -290,9 +298,16 @@ func (x *reset) run(ctx context.Context) (err error) {
 	return nil
 }
 
+// at has the paths of the configuration and of the ledger.
+func (x *reset) at() []string { return []string{x.path, absolutePath(x.c.Ledger)} }
+
 // resume takes what the reset was begun with. A token that has gone away since may be left by root:
 // the appliance is destroyed already.
-func (x *reset) resume() {
+func (x *reset) resume() error {
+	if !slices.Equal(x.marker.At, x.at()) {
+		return x.foreign("configuration and ledger are %s, and here %s", strings.Join(x.marker.At, " and "),
+			strings.Join(x.at(), " and "))
+	}
 	more := x.LeftTokens
 	x.extent = x.marker.Extent
 	for _, name := range more {
@@ -301,8 +316,42 @@ func (x *reset) resume() {
 		}
 	}
 	x.resetting.record = x.marker.Record
-	fmt.Fprintf(x.stderr, "the factory reset of %s that was begun at %s goes on (%s)\n", x.marker.Appliance,
-		x.marker.Begun.Format(time.RFC3339), x.extent)
+	return nil
+}
+
+// foreign is the error for a marker that is of the reset of another appliance: the daemon's user
+// can move the file of root, and two ledgers can have one folder.
+func (x *reset) foreign(format string, args ...any) error {
+	return fmt.Errorf("%s is of another reset, whose %s: nothing has been destroyed now; remove the file, if that "+
+		"reset has ended", x.c.resetMarker(), fmt.Sprintf(format, args...))
+}
+
+// checkMarker returns an error if what can be read still says that the marker is of another reset.
+func (x *reset) checkMarker() error {
+	m, f := x.marker, x.found
+	switch {
+	case f.name != m.Appliance && (f.known || f.why == ""): // by the ledger, or by a key on a token
+		return x.foreign("appliance is %s, and here %s", m.Appliance, f.name)
+	case f.why != "" && !m.done(phaseRoots) && f.ledger != m.Ledger:
+		return x.foreign("ledger had %s, and here it is %s", m.Ledger, f.ledger)
+	case f.why != "" || m.Typed:
+		return nil
+	}
+	p, err := approval.ParseText(m.Text)
+	if err == nil && (p.Appliance != f.name || p.Act != approval.ActFactoryReset) {
+		err = fmt.Errorf("the text is to %s %s", p.Act, p.Appliance)
+	}
+	var signatures []string
+	for _, a := range m.Approvals {
+		signatures = append(signatures, a.Signature)
+	}
+	if err == nil {
+		_, err = f.people.Approve(p, signatures)
+	}
+	if err != nil {
+		return x.foreign("approvals are none here: %v", err)
+	}
+	return nil
 }
 
 // holdFolder keeps a restore, and the creation of a ledger, out of a folder.
@@ -321,46 +370,66 @@ func holdFolder(folder string) (release func() error, err error) {
 func (x *reset) look(ctx context.Context) error {
 	f := &x.found
 	f.recorded, f.unlisted = map[string][]keyring.Recorded{}, map[string][]keystore.Ref{}
+	log, err := x.lookAtLedger()
+	if err = x.destroyed(err); err != nil {
+		return err
+	}
 	if x.marker == nil || !x.marker.done(phaseRoots) {
-		log, err := x.lookAtLedger()
-		if err != nil {
-			return err
-		}
 		if err := x.openTokens(ctx); err != nil {
 			return err
 		}
 		if err := x.lookAtTokens(ctx, &log); err != nil {
 			return err
 		}
-		if log != nil {
-			if l, err := audit.NewLog(log); err == nil {
-				f.name, f.id, f.known = l.Name(), l.ID(), true
-			}
-		}
 	}
-	if x.marker != nil && x.marker.Appliance != "" {
-		f.name = x.marker.Appliance
-		if id, is := strings.CutPrefix(f.name, "countersign/"); is {
-			f.id = id
+	if log != nil {
+		if l, err := audit.NewLog(log); err == nil {
+			f.name, f.id, f.known = l.Name(), l.ID(), true
 		}
 	}
 	if f.name == "" {
 		f.name, _ = os.Hostname()
 	}
-	if f.name == "" {
+	if f.name == "" && x.marker == nil {
 		return errors.New("neither the appliance nor the machine has a name that could be typed or approved: " +
 			"give the machine a host name")
 	}
 	if f.known && f.why == "" {
-		if err := x.ledger.View(func(v ledger.View) (err error) {
+		err := x.ledger.View(func(v ledger.View) (err error) {
 			f.people, err = operators.ReadOffline(v, f.name)
 			return err
-		}); err != nil {
+		})
+		if err = x.destroyed(err); err != nil {
 			return err
 		}
 	}
-	var err error
-	f.files, f.stays, err = x.listFiles()
+	if x.marker != nil {
+		if err := x.checkMarker(); err != nil {
+			return err
+		}
+		f.name = x.marker.Appliance
+		if id, is := strings.CutPrefix(f.name, "countersign/"); is {
+			f.id = id
+		}
+	}
+	if f.files, f.stays, err = x.listFiles(); err != nil {
+		return err
+	}
+	f.disks, err = x.disks()
+	return err
+}
+
+// destroyed takes an error of a ledger that may be half destroyed.
+func (x *reset) destroyed(err error) error {
+	if err == nil || x.marker == nil || !x.marker.done(phaseRoots) || errors.Is(err, ledger.ErrInUse) {
+		return err
+	}
+	x.found.ledger, x.found.why, x.found.known = "damaged", "it is damaged", false
+	if x.ledger == nil {
+		return nil
+	}
+	err = x.ledger.Close()
+	x.ledger = nil
 	return err
 }
 
@@ -440,8 +509,13 @@ func (x *reset) openTokens(ctx context.Context) error {
 			if late && errors.Is(err, keystore.ErrReplaced) {
 				continue // the key was given back, and the marker does not have it yet
 			}
-			return fmt.Errorf("%w. Its keys can't be destroyed so, and nothing has been destroyed now. Put the token "+
-				"back, or leave its keys as they are: --without-token %s", err, name)
+			pin := ""
+			if t := x.c.Tokens[name]; t != nil && isCredential(t.PINFile) {
+				pin = ". Its PIN is a credential of systemd, which this command has only where CREDENTIALS_DIRECTORY " +
+					"names a folder with the file, for the user of the key workers"
+			}
+			return fmt.Errorf("%w%s. Its keys can't be destroyed so, and nothing has been destroyed now. Put the "+
+				"token back, or leave its keys as they are: --without-token %s", err, pin, name)
 		}
 	}
 	return nil
@@ -508,8 +582,12 @@ func (x *reset) describe() {
 		line("destroys", "%s (%s)", file.path(), file.what)
 	}
 	if x.FreeSpace {
-		for _, disk := range x.disks() {
-			line("overwrites", "the free space of the disk of %s, %s", disk.folder, mebibytes(disk.free))
+		for _, disk := range f.disks {
+			if disk.inPlace() {
+				line("overwrites", "the free space of the disk of %s, %s", disk.folder, mebibytes(disk.free))
+			} else {
+				line("doubtful", "%s", disk.doubt())
+			}
 		}
 	} else {
 		line("stays", "what older versions of these files have left in free blocks: it can be found on the disk")
@@ -518,25 +596,32 @@ func (x *reset) describe() {
 		line("stays", "the token %s with %s: whoever has it and its PIN can use them", name,
 			cli.Count(len(f.recorded[name]), "key"))
 	}
+	if f.bound != "" && x.tokens[f.bound] == nil {
+		line("stays", "the counter of the token %s", f.bound)
+	}
 	for _, text := range f.stays {
 		line("stays", "%s", text)
 	}
 	line("follows", "each line of keys ends: nothing can be signed by it any more, and no successor")
 	line("follows", "peers that have pinned its keys refuse another appliance, until they are told")
+	if keys := x.recoverable(); keys == "none" {
+		line("follows", "a backup brings back the ledger, and none of these keys")
+	} else {
+		line("follows", "a backup that stays anywhere brings back the ledger, and recovery holders with it %s", keys)
+	}
+}
+
+// recoverable is the number of keys that recovery holders can bring back with a backup.
+func (x *reset) recoverable() string {
 	sealed := 0
-	for _, keys := range f.recorded {
+	for _, keys := range x.found.recorded {
 		for _, k := range keys {
 			if len(k.Envelope) > 0 {
 				sealed++
 			}
 		}
 	}
-	if sealed == 0 {
-		line("follows", "a backup brings back the ledger, and none of these keys")
-	} else {
-		line("follows", "a backup that stays anywhere brings back the ledger, and recovery holders with it %s",
-			cli.Count(sealed, "key"))
-	}
+	return either(sealed > 0, cli.Count(sealed, "key"), "none")
 }
 
 // listed joins the names of keys, in the order of the names.
@@ -563,6 +648,7 @@ func (x *reset) parameters() []approval.Parameter {
 		{Name: "ledger", Value: x.found.ledger},
 		{Name: "keys", Value: either(len(keys) > 0, strings.Join(keys, ", "), "none")},
 		{Name: "unlisted_keys", Value: listed(unlisted)},
+		{Name: "recoverable", Value: x.recoverable()},
 		{Name: "left_tokens", Value: either(len(left) > 0, strings.Join(left, ", "), "none")},
 		{Name: "extent", Value: x.extent.String()},
 	}
@@ -626,19 +712,29 @@ func (x *reset) typeName(ctx context.Context) error {
 
 // begin opens the record, and writes the marker: from here on the appliance is no more.
 func (x *reset) begin(p *approval.Proposal, approvals []operators.Signed) (err error) {
+	if err := x.giveReserves(); err != nil {
+		return err
+	}
+	for _, disk := range x.found.disks { // which may be full, without room for the record
+		if err := disk.removeFills(); err != nil {
+			return err
+		}
+	}
 	if x.record, err = x.openRecord(); err != nil {
 		return err
 	}
 	if x.marker != nil {
+		fmt.Fprintf(x.stderr, "the factory reset of %s that was begun at %s goes on (%s)\n", x.marker.Appliance,
+			x.marker.Begun.Format(time.RFC3339), x.extent)
 		return x.write(map[string]any{"step": "goes on", "appliance": x.marker.Appliance, "by": x.startedBy(),
 			"left_tokens": x.LeftTokens})
 	}
 	m := &resetMarker{
 		Format: 1, Begun: time.Now().UTC().Truncate(time.Second), Appliance: x.found.name, Machine: hostName(),
 		By: x.startedBy(), Typed: p == nil, Extent: x.extent, Record: x.resetting.record, Ledger: x.found.ledger,
-		Done: []string{},
+		At: x.at(), Done: []string{}, Reserved: map[string]string{},
 	}
-	for _, disk := range x.disks() {
+	for _, disk := range x.found.disks {
 		m.Folders = append(m.Folders, disk.folder)
 	}
 	if p != nil {
@@ -838,9 +934,15 @@ func (x *reset) destroyOnToken(ctx context.Context, name string) (all error) {
 
 // destroySealed destroys the keys of a TPM, which are in files that only the TPM can open.
 func (x *reset) destroySealed(_ context.Context, name string) (all error) {
-	folder := absolutePath(x.c.Tokens[name].State)
-	entries, err := os.ReadDir(folder)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	root, err := openFolder(absolutePath(x.c.Tokens[name].State))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
 		return err
 	}
 	for _, e := range entries {
@@ -848,21 +950,21 @@ func (x *reset) destroySealed(_ context.Context, name string) (all error) {
 		if !is {
 			continue
 		}
-		err := resetFile{root: folder, name: e.Name()}.erase()
-		if err == nil {
-			ref = strings.ReplaceAll(ref, ".", "/")
-			err = x.note("destroyed", fmt.Sprintf("the key %s of the token %s", ref, name))
-		}
-		all = errors.Join(all, err)
+		file := resetFile{absolutePath(x.c.Tokens[name].State), e.Name(),
+			fmt.Sprintf("the key %s of the token %s", strings.ReplaceAll(ref, ".", "/"), name)}
+		all = errors.Join(all, x.destroyFile(file, file.what))
 	}
 	return all
 }
 
 // giveCounterBack gives the TPM's counter back.
 func (x *reset) giveCounterBack(ctx context.Context) error {
+	if x.found.bound == "" {
+		return nil
+	}
 	store, ok := x.tokens[x.found.bound].(keystore.Counter)
 	if !ok {
-		return nil
+		return x.note("stays", fmt.Sprintf("the counter of the token %s, which is not open", x.found.bound))
 	}
 	switch err := store.UndefineCounter(ctx, x.found.owner); {
 	case errors.Is(err, keystore.ErrUnfit):
