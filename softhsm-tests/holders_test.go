@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -83,13 +84,17 @@ type ceremony struct {
 // ceremony starts a countersignd, and waits until it waits for the holders.
 func (s *system) ceremony(args ...string) *ceremony {
 	s.t.Helper()
-	folder := s.t.TempDir()
+	folder, err := os.MkdirTemp(s.dir, "ceremony-")
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	c := &ceremony{s: s, request: filepath.Join(folder, "the.request"), answers: filepath.Join(folder, "answers")}
-	if err := os.Mkdir(c.answers, 0o700); err != nil {
+	if err := errors.Join(os.Mkdir(c.answers, 0o755), os.Chmod(folder, 0o711)); err != nil { // for the daemon's user
 		s.t.Fatal(err)
 	}
 	args = append(args, "--request", c.request, "--answers", c.answers, "--config", s.path("countersign.toml"))
-	c.cmd = exec.CommandContext(s.t.Context(), filepath.Join(bin, "countersignd"), args...)
+	line := append(slices.Clone(s.before), append([]string{filepath.Join(bin, "countersignd")}, args...)...)
+	c.cmd = exec.CommandContext(s.t.Context(), line[0], line[1:]...)
 	c.cmd.Stderr = &c.out
 	pipe, err := c.cmd.StdoutPipe()
 	if err != nil {
@@ -363,6 +368,39 @@ func TestHoldersReturnKeys(t *testing.T) {
 	err = json.Unmarshal([]byte(s.must("admin", "holders", "show", "--json")), &doc)
 	if err != nil || len(doc.Keys) != 4 {
 		t.Errorf("%+v, %v", doc, err)
+	}
+}
+
+// TestReturnKeysByRoot returns keys where the daemon and the key workers have users of their own:
+// root types the command, which gives root's rights away before it opens the ledger.
+func TestReturnKeysByRoot(t *testing.T) {
+	s, u := newTwoUsers(t)
+	p := s.serve()
+	s.holds()
+	s.must("admin", "key", "create", "payments", "--recoverable")
+	p.stop()
+	tokens := s.path("keys/tokens")
+	s.ok(os.RemoveAll(tokens))
+	s.ok(os.Mkdir(tokens, 0o700))
+	s.ok(os.Chown(tokens, int(u.keys.Uid), int(u.keys.Gid)))
+	init := []string{"init", "--token", "main", "--new-token", "--so-pin-file", s.path("keys/so-pin")}
+	if out, code := s.daemon(init...); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	closed := s.path("closed")
+	s.ok(os.Mkdir(closed, 0o700))
+	out, code := s.daemon("return-keys", "--request", s.path("x.request"), "--answers", closed)
+	if code != 2 || !strings.Contains(out, "must be open to the user of the daemon") {
+		t.Errorf("a folder of root's: %d\n%s", code, out)
+	}
+	c := s.ceremony("return-keys")
+	c.give("alice")
+	c.give("carol")
+	if out, code := c.end(); code != 0 || strings.Count(out, "again") != 2 {
+		t.Fatalf("return-keys: %d\n%s", code, out)
+	}
+	if info, err := os.Stat(s.path("state/ledger.db")); err != nil || info.Sys().(*syscall.Stat_t).Uid != u.daemon.Uid {
+		t.Errorf("the ledger is not the daemon's: %v, %v", info, err)
 	}
 }
 
