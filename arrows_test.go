@@ -79,7 +79,7 @@ var arrows = map[string]room{
 		outside: "filippo.io/age golang.org/x/sys/unix",
 	},
 	"internal/escrow": {
-		ours:    "internal/keystore internal/recipient internal/secret",
+		ours:    "internal/ijson internal/keystore internal/recipient internal/secret",
 		outside: "filippo.io/age github.com/cloudflare/circl golang.org/x/crypto/ssh",
 	},
 	"internal/recipient": {outside: "filippo.io/age golang.org/x/crypto"},

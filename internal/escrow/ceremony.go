@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/recipient"
 
@@ -73,7 +74,7 @@ func Code(request []byte) string {
 
 // ParseRequest reads a request and checks its form.
 func ParseRequest(b []byte) (r Request, err error) {
-	if err := decode(b, &r); err != nil {
+	if err := ijson.Decode(b, &r); err != nil {
 		return r, fmt.Errorf("%w: %w", ErrRequest, err)
 	}
 	fail := func(why string) (Request, error) { return r, fmt.Errorf("%w: %s", ErrRequest, why) }
@@ -223,7 +224,7 @@ func (c *Ceremony) Request() []byte { return c.request }
 // taken.
 func (c *Ceremony) Take(answer []byte) (g Given, err error) {
 	var a Answer
-	if err := decode(answer, &a); err != nil {
+	if err := ijson.Decode(answer, &a); err != nil {
 		return g, fmt.Errorf("%w: %w", ErrAnswer, err)
 	}
 	if a.Format != format || a.Request != Digest(c.request) {

@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 
+	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/recipient"
 	"countersign/internal/secret"
@@ -302,7 +303,7 @@ func ParseEnvelope(b []byte) (e Envelope, err error) {
 	if len(b) > maxEnvelope {
 		return e, fmt.Errorf("%w: it has %d bytes", ErrEnvelope, len(b))
 	}
-	if err := decode(b, &e); err != nil {
+	if err := ijson.Decode(b, &e); err != nil {
 		return e, fmt.Errorf("%w: %w", ErrEnvelope, err)
 	}
 	if e.Format > format {
@@ -428,17 +429,4 @@ func Open(envelope []byte, lines []string) (seed secret.Bytes, err error) {
 		return secret.Bytes{}, fmt.Errorf("%v: %w: its seed is that of another key", e.Key, ErrEnvelope)
 	}
 	return seed, nil
-}
-
-// decode decodes JSON without unknown fields, and with nothing behind it.
-func decode(b []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return err
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("something follows the document")
-	}
-	return nil
 }

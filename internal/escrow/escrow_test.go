@@ -514,6 +514,19 @@ func TestRequests(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	for name, text := range map[string]string{
+		"a field twice":     `{"format":1,"format":1}`,
+		"another case":      `{"Format":1}`,
+		"an unknown field":  `{"format":1,"more":1}`,
+		"something behind":  `{"format":1}{}`,
+		"no object":         `[]`,
+		"an invalid letter": "{\"purpose\":\"\xff\"}",
+	} {
+		if _, err := escrow.ParseRequest([]byte(text)); !errors.Is(err, escrow.ErrRequest) ||
+			strings.Contains(err.Error(), "purpose or no key") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 	if _, err := escrow.Begin(escrow.ForDrill, "countersign/abc", "host", nil); !errors.Is(err, escrow.ErrRequest) {
 		t.Errorf("a ceremony for nothing: %v", err)
 	}
