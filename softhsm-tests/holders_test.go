@@ -78,7 +78,7 @@ type ceremony struct {
 	answers string
 	code    string
 	lines   *bufio.Scanner
-	out     strings.Builder
+	out     output // of both streams
 }
 
 // ceremony starts a countersignd, and waits until it waits for the holders.
@@ -113,7 +113,7 @@ func (c *ceremony) until(word string) (line string) {
 	c.s.t.Helper()
 	for c.lines.Scan() {
 		line := c.lines.Text()
-		c.out.WriteString(line + "\n")
+		fmt.Fprintln(&c.out, line)
 		if code, is := strings.CutPrefix(line, "code"); is {
 			c.code, _, _ = strings.Cut(strings.TrimSpace(code), ":")
 		}
@@ -139,7 +139,7 @@ func (c *ceremony) give(holder string) {
 func (c *ceremony) end() (string, int) {
 	c.s.t.Helper()
 	for c.lines.Scan() {
-		c.out.WriteString(c.lines.Text() + "\n")
+		fmt.Fprintln(&c.out, c.lines.Text())
 	}
 	err := c.cmd.Wait()
 	if _, exited := err.(*exec.ExitError); err != nil && !exited {
