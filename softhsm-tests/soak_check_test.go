@@ -122,15 +122,19 @@ func (k *soak) rest(before *footprint) (f footprint) {
 		eventually(t, "each peer knows the active versions", func() bool { return k.told() })
 	}
 	f = k.footprint()
-	// Go collects each 2 minutes without another reason. Five equal footprints are steady.
+	// Go collects each 2 minutes without another reason. Five like footprints are steady: a scrape
+	// has a connection and two goroutines.
+	var counts []string
 	for steady, began := 0, time.Now(); ; time.Sleep(300 * time.Millisecond) {
 		last := f
 		f = k.footprint()
+		counts = append(counts, fmt.Sprintf("%d/%d", f.goroutines, f.descriptors))
+		distance := func(a, b int) int { return max(a-b, b-a) }
 		var why error
 		if before != nil {
 			why = before.flat(f)
 		}
-		if steady++; f.goroutines != last.goroutines || f.descriptors != last.descriptors {
+		if steady++; distance(f.goroutines, last.goroutines) > 2 || distance(f.descriptors, last.descriptors) > 1 {
 			steady = 0
 		}
 		if steady >= 5 && why == nil {
@@ -141,6 +145,7 @@ func (k *soak) rest(before *footprint) (f footprint) {
 			<-k.p.ended
 			k.p.ended <- errors.New("ended by SIGQUIT")
 			os.WriteFile(filepath.Join(os.TempDir(), "soak-daemon.log"), []byte(k.p.stderr.String()), 0o600)
+			t.Logf("goroutines/descriptors: %v", counts[max(0, len(counts)-30):])
 			t.Fatalf("the daemon's footprint is %v (%v); its stacks are in %s/soak-daemon.log", f, why, os.TempDir())
 		}
 	}
