@@ -99,6 +99,8 @@ type Config struct {
 	// only the newest event of each key is delivered. An event is delivered once. The appliance
 	// sends an event again, for example after a restart, until the client has acknowledged. An
 	// event with an Err is not acknowledged, and a broken connection may lose an acknowledgement.
+	// While the appliance does not show a pinned line, as to a peer at its limit of requests, the
+	// client delivers the event every few seconds, with an Err, until the line is there.
 	OnRotation func(Rotation)
 	// OnCompromise is called with each compromise of a key's version, once for each version while
 	// the client lives: also of versions older than a pinned one, whose documents the application

@@ -225,7 +225,11 @@ func (c *Client) deliver(e *wire.Rotation) {
 		c.config.OnRotation(r)
 	}
 	if err != nil {
-		return // the appliance sends the event again at the next connection
+		// The appliance sends the event again at the next connection, which may be far.
+		if !final(err) && e.Key != wire.NoiseKey {
+			time.AfterFunc(deliverAgain, func() { c.enqueue(e) })
+		}
+		return
 	}
 	if delivered := c.events.delivered; len(delivered) >= maxDelivered && delivered[e.Key] == nil {
 		for key := range delivered { // any key: at worst its event is delivered twice
@@ -240,6 +244,13 @@ func (c *Client) deliver(e *wire.Rotation) {
 func sameEvent(a, b *wire.Rotation) bool {
 	return string(wire.EncodeRotation(*a)) == string(wire.EncodeRotation(*b))
 }
+
+// deliverAgain is the time after which an event is delivered again whose line could not be
+// followed, such as that of a peer at its limit of requests.
+const deliverAgain = 5 * time.Second
+
+// final reports that no retry cures the error of a line.
+func final(err error) bool { return errors.Is(err, ErrBrokenLine) || errors.Is(err, ErrCompromised) }
 
 // errStale marks an event of a version older than the pinned one.
 var errStale = errors.New("an old event")
@@ -268,8 +279,7 @@ func (c *Client) replaceVersion(r *Rotation) (configured bool, err error) {
 	}
 	for try := range 6 {
 		err = c.checkVersion(c.base, e.Key, e.Version, e.PublicKey)
-		if err == nil || errors.Is(err, ErrBrokenLine) || errors.Is(err, ErrCompromised) ||
-			backoff(c.base, try) != nil {
+		if err == nil || final(err) || backoff(c.base, try) != nil {
 			break
 		}
 	}

@@ -378,6 +378,36 @@ func TestRotationRefused(t *testing.T) {
 	}
 }
 
+// TestRotationWhileRefused checks that an event whose line the appliance does not show for a time
+// is told as such, and delivered again on the same connection when the line is there.
+func TestRotationWhileRefused(t *testing.T) {
+	s := serve(t)
+	refused := 0
+	s.Do(func(s *clienttest.Server) {
+		s.Shown = 2
+		s.Answer = func(id string, request any) []byte {
+			if _, is := request.(*wire.Line); !is || refused == 7 { // one more than the tries of one delivery
+				return nil
+			}
+			refused++
+			later := &wire.Error{Code: wire.CodeRateLimited, Message: "later", RetryAfter: 1}
+			return wire.EncodeAnswer(id, "", nil, later)
+		}
+	})
+	_, heard := peer(t, s, 1, nil)
+	s.Send(wire.EncodeRotation(s.Line.Rotation(2)))
+	if r := heard.next(t); r.Err == nil || errors.Is(r.Err, client.ErrBrokenLine) || r.New != (client.KeyLine{}) {
+		t.Fatalf("while the line is refused: %+v", r)
+	}
+	if r := heard.next(t); r.Err != nil || r.New != lineAt(s.Line, 2) {
+		t.Fatalf("afterwards: %+v", r)
+	}
+	acked(t, s, 1)
+	if seen := s.Seen(); seen.Accepted != 1 {
+		t.Errorf("%d connections", seen.Accepted)
+	}
+}
+
 // TestRotationNotPinned checks events of unpinned keys, with a step and without one.
 func TestRotationNotPinned(t *testing.T) {
 	s := serve(t)
