@@ -490,6 +490,9 @@ func (st *Store) create(ctx context.Context, operation string, ref keystore.Ref,
 			return fmt.Errorf("%w: %d private objects are labelled %q",
 				keystore.ErrExists, n, labelPrefix+ref.String())
 		}
+		if err := st.destroy(s, ref, tag); err != nil { // leftovers of a creation that was cut off
+			return err
+		}
 		if info.PublicKey, err = makeObjects(s, c); err == nil {
 			_, err = st.verifyCreated(s, &info, operation == "generate")
 		}
