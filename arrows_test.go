@@ -79,7 +79,7 @@ var arrows = map[string]room{
 		outside: "filippo.io/age golang.org/x/sys/unix",
 	},
 	"internal/escrow": {
-		ours:    "internal/ijson internal/keystore internal/recipient internal/secret",
+		ours:    "approval internal/ijson internal/keystore internal/recipient internal/secret",
 		outside: "filippo.io/age github.com/cloudflare/circl golang.org/x/crypto/ssh",
 	},
 	"internal/recipient": {outside: "filippo.io/age golang.org/x/crypto"},
@@ -181,9 +181,10 @@ var arrows = map[string]room{
 	// For tests.
 	"client/clienttest": {ours: "noise transcript wire"},
 	"internal/keystore/keystoretest": {
-		ours:    "internal/escrow internal/keystore internal/pubkey internal/scantest internal/secret",
-		outside: "filippo.io/age",
+		ours: `internal/escrow internal/escrow/escrowtest internal/keystore internal/pubkey internal/scantest
+			internal/secret`,
 	},
+	"internal/escrow/escrowtest": {ours: "internal/escrow internal/scantest", outside: "filippo.io/age"},
 	"internal/ledger/ledgertest": {ours: "internal/ledger internal/scantest", outside: "go.etcd.io/bbolt"},
 	"internal/mail/mailtest":     {ours: "internal/scantest"},
 	"internal/mirror/mirrortest": {ours: "internal/scantest", outside: "golang.org/x/crypto/ssh"},

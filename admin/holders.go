@@ -53,7 +53,7 @@ func setHolders(a *appliance.Appliance, p parameters, _ []byte) (parameters, do,
 			return nil, nil, invalid.errorf("%v", err)
 		}
 		s.Holders = append(s.Holders, h)
-		p = append(p, approval.Parameter{Name: name, Value: h.Name + " " + h.Recipient})
+		p = append(p, approval.Parameter{Name: name, Value: h.String()})
 	}
 	of := strconv.Itoa(len(s.Holders))
 	if v["of"] != "" && v["of"] != of {

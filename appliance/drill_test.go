@@ -8,12 +8,10 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/backup"
-	"countersign/internal/escrow"
+	"countersign/internal/escrow/escrowtest"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
-
-	"filippo.io/age"
 )
 
 // wantDrills has a rig want a drill every 7 days, as a start does.
@@ -119,14 +117,7 @@ func TestDrillsWithHolders(t *testing.T) {
 		}
 	}
 	expect("without a recoverable key", 1000*day, "")
-	set := escrow.Set{Number: 1, Needed: 2}
-	for _, name := range []string{"ann", "bob"} {
-		id, err := age.GenerateX25519Identity()
-		if err != nil {
-			t.Fatal(err)
-		}
-		set.Holders = append(set.Holders, escrow.Holder{Name: name, Recipient: id.Recipient().String()})
-	}
+	set := escrowtest.New(t, 2, "ann", "bob").Set
 	if err := r.Keys.SetHolders(t.Context(), approved, set); err != nil {
 		t.Fatal(err)
 	}

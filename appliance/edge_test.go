@@ -43,7 +43,7 @@ type edge struct {
 	rules     string
 	store     *keystoretest.Memory
 	path      string
-	log       *logged
+	log       *scantest.Buffer
 	shop      *noise.Identity
 	cafe      *noise.Identity
 	server    [32]byte
@@ -85,24 +85,6 @@ func (e *edge) heldExchanges() (entered *atomic.Int64, release func()) {
 	return held(e.t, &e.exchanging)
 }
 
-// logged is a buffer for a log with concurrent writers and readers.
-type logged struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logged) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logged) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 var operator = audit.Operator("test")
 
 // newEdge makes an edge with the default limits, after change.
@@ -110,7 +92,7 @@ func newEdge(t *testing.T, change func(*Limits)) *edge {
 	t.Helper()
 	e := &edge{
 		t: t, limits: DefaultLimits(), rules: allowShop, store: keystoretest.NewMemory(),
-		path: filepath.Join(t.TempDir(), "ledger.db"), log: new(logged),
+		path: filepath.Join(t.TempDir(), "ledger.db"), log: new(scantest.Buffer),
 	}
 	e.limits.Calls = map[string]int{"memory": 4}
 	if change != nil {

@@ -429,7 +429,7 @@ func TestUnreadable(t *testing.T) {
 			l.RefusalsPerMinute, l.RequestsPerSecond, l.BatchItems = 60, 100, 100
 		})
 		defer r.ledger.Close()
-		var log logged
+		var log scantest.Buffer
 		r.log = slog.New(slog.NewTextHandler(scantest.Tee("the log", &log), nil))
 		shop := r.handler(t, "shop")
 		before, limited := len(logOf(t, r.Appliance, 1)), 0

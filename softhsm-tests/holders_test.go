@@ -9,7 +9,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,13 +23,16 @@ import (
 	"countersign/client"
 	"countersign/internal/backup"
 	"countersign/internal/escrow"
+	"countersign/internal/escrow/escrowtest"
 	"countersign/internal/keyring"
 	"countersign/internal/ledger"
+	"countersign/internal/ledger/disktest"
 	"countersign/internal/ledger/ledgertest"
 	"countersign/internal/recipient"
 	"countersign/internal/scantest"
 
 	"filippo.io/age"
+	"github.com/miekg/pkcs11"
 	"golang.org/x/crypto/ssh"
 )
 
@@ -78,7 +80,7 @@ type ceremony struct {
 	answers string
 	code    string
 	lines   *bufio.Scanner
-	out     output // of both streams
+	out     scantest.Buffer // of both streams
 }
 
 // ceremony starts a countersignd, and waits until it waits for the holders.
@@ -191,16 +193,9 @@ func (s *system) seeds(file string) (all [][]byte) {
 		}
 		var lines []string
 		for i, name := range []string{"alice.key", "bob.key"} {
-			r, err := age.Decrypt(strings.NewReader(string(e.Shares[i].Sealed)), read(name)...)
-			if err != nil {
-				s.t.Fatal(err)
-			}
-			line, err := io.ReadAll(r)
-			if err != nil {
-				s.t.Fatal(err)
-			}
-			scantest.Secret("a share of "+k.Ref.String(), []byte(strings.Fields(string(line))[4]))
-			lines = append(lines, string(line))
+			line := escrowtest.Share(s.t, e.Shares[i], read(name)...)
+			scantest.Secret("a share of "+k.Ref.String(), []byte(strings.Fields(line)[4]))
+			lines = append(lines, line)
 		}
 		seed, err := escrow.Open(k.Envelope, lines)
 		if err != nil {
@@ -404,6 +399,83 @@ func TestReturnKeysByRoot(t *testing.T) {
 	}
 }
 
+// TestReturnKeysCutOff kills return-keys with its key workers, each time some operations of the
+// token's disk later. The command can be typed again until the key is there: once, and the daemon
+// signs with it. An object that SoftHSM has written by half has no label, and stays.
+func TestReturnKeysCutOff(t *testing.T) {
+	s := newSoftHSM(t, softHSM)
+	disk := disktest.New(t)
+	s.ok(os.Remove(s.path("tokens")))
+	tokens := filepath.Join(disk.Dir(), "tokens")
+	s.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nlog.level = ERROR\n", tokens))
+	mkdir(t, tokens)
+	if out, code := s.daemon("init", "--new-token", "--so-pin-file", s.path("so-pin")); code != 0 {
+		t.Fatalf("init: %d\n%s", code, out)
+	}
+	p := s.serve()
+	s.must("admin", "peer", "add", "demo", strings.TrimSpace(s.must("keygen", s.path("demo.key"))))
+	s.holds()
+	s.must("admin", "key", "create", "payments", "--recoverable")
+	key := must(s.dial().Key(t.Context(), "payments"))(t)
+	p.stop()
+	s.removeObjects("countersign/payments/1")
+
+	kills := 0
+	for done := false; !done; kills++ {
+		c := s.ceremony("return-keys")
+		c.give("alice")
+		left, pid := 16*kills, c.cmd.Process.Pid
+		disk.Fail(func(disktest.Op) syscall.Errno {
+			left--
+			if left >= 0 {
+				return 0
+			}
+			if left == -1 {
+				for _, pid := range append(descendants(pid), pid) {
+					syscall.Kill(pid, syscall.SIGKILL)
+				}
+			}
+			return syscall.EIO
+		})
+		c.give("bob")
+		out, code := c.end()
+		disk.Fail(nil)
+		if done = code == 0; done == (left < 0) || kills > 50 {
+			t.Fatalf("after %d kills: %d\n%s", kills, code, out)
+		}
+	}
+	objects := 0
+	for _, label := range s.labels() {
+		if label == "countersign/payments/1" {
+			objects++
+		}
+	}
+	if kills < 8 || objects != 2 {
+		t.Errorf("%d objects after %d kills: %q", objects, kills, s.labels())
+	}
+	s.serve()
+	signed := must(s.dial().Sign(t.Context(), "payments", message("AAAA")))(t)
+	if signed.PublicKey != key.PublicKey {
+		t.Error("the key that has returned is another")
+	}
+}
+
+// removeObjects removes the objects of a label from the token, as another program does.
+func (s *system) removeObjects(label string) {
+	s.t.Helper()
+	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
+		s.ok(m.FindObjectsInit(h, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, label)}))
+		objects, _, err := m.FindObjects(h, 10)
+		m.FindObjectsFinal(h)
+		if err != nil || len(objects) == 0 {
+			s.t.Fatalf("%s: %d objects, %v", label, len(objects), err)
+		}
+		for _, o := range objects {
+			s.ok(m.DestroyObject(h, o))
+		}
+	})
+}
+
 // TestEverythingBurns loses the machine with its only token. On another machine, with an empty
 // token, a backup and two of three holders make the same appliance again: the peer's connection and
 // its pinned line go on, and the log continues.
@@ -417,10 +489,10 @@ func TestEverythingBurns(t *testing.T) {
 	for args, want := range map[string]string{
 		"--holder alice=alice.pub": "1 holders",
 		"--needed 2":               "--needed is for --holder",
-		"--holder alice=alice.pub --holder bob=alice.pub --needed 2":   "twice",
-		"--holder alice=nowhere.pub --holder bob=bob.pub --needed 2":   "no such file",
-		"--holder alice=alice.key --holder bob=bob.pub --needed 2":     "holder alice",
-		"--holder alice=alice.pub --needed 2 --token main --needed 2 ": "--token adds a token",
+		"--holder alice=alice.pub --holder bob=alice.pub --needed 2": "twice",
+		"--holder alice=nowhere.pub --holder bob=bob.pub --needed 2": "no such file",
+		"--holder alice=alice.key --holder bob=bob.pub --needed 2":   "holder alice",
+		"--holder alice=alice.pub --needed 2 --token main":           "--token adds a token",
 	} {
 		line := strings.Fields(args)
 		for i, word := range line {

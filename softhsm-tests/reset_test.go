@@ -19,6 +19,7 @@ import (
 	"countersign/approval"
 	"countersign/internal/durable"
 	"countersign/internal/ledger/disktest"
+	"countersign/internal/scantest"
 	"countersign/tpm/tpmtest"
 
 	"github.com/miekg/pkcs11"
@@ -80,29 +81,6 @@ func (s *system) typed(answer string, more ...string) (out string, code int) {
 	b, _ := cmd.CombinedOutput()
 	s.checkOutput("countersignd", string(b))
 	return string(b), cmd.ProcessState.ExitCode()
-}
-
-// labels lists the labels of the objects on the token, as another program sees them.
-func (s *system) labels() (all []string) {
-	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
-		if err := m.FindObjectsInit(h, nil); err != nil {
-			s.t.Fatal(err)
-		}
-		found, _, err := m.FindObjects(h, 100)
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		m.FindObjectsFinal(h)
-		for _, o := range found {
-			a, err := m.GetAttributeValue(h, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil)})
-			if err != nil {
-				s.t.Fatal(err)
-			}
-			all = append(all, string(a[0].Value))
-		}
-	})
-	slices.Sort(all)
-	return all
 }
 
 // appliancesFiles lists the files of the appliance that a reset destroys.
@@ -320,7 +298,7 @@ func TestFactoryResetCutOff(t *testing.T) {
 			t.Fatal("the reset does not end")
 		}
 		cmd := exec.Command(filepath.Join(bin, "countersignd"), append(args, "--config", s.path("countersign.toml"))...)
-		var out output
+		var out scantest.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
 		left := 10 + kills/2 // operations until the kill
 		var workers []int

@@ -49,12 +49,12 @@ func (s *system) verifyLine(first client.KeyLine) client.KeyLine {
 	return last
 }
 
-// tokenKeys lists the appliance's private keys on the token, such as payments/1.
-func (s *system) tokenKeys() (labels []string) {
+// labels lists the labels of the objects on the token, as another program sees them: of those with
+// some attributes.
+func (s *system) labels(attributes ...*pkcs11.Attribute) (all []string) {
 	s.t.Helper()
 	s.useToken(func(m *pkcs11.Ctx, h pkcs11.SessionHandle) {
-		private := []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}
-		if err := m.FindObjectsInit(h, private); err != nil {
+		if err := m.FindObjectsInit(h, attributes); err != nil {
 			s.t.Fatal(err)
 		}
 		objects, _, err := m.FindObjects(h, 1000)
@@ -65,15 +65,25 @@ func (s *system) tokenKeys() (labels []string) {
 		for _, o := range objects {
 			a, err := m.GetAttributeValue(h, o, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil)})
 			if err != nil {
-				s.t.Fatal(err)
+				all = append(all, err.Error()) // of an object that was half written
+				continue
 			}
-			if label, ours := strings.CutPrefix(string(a[0].Value), "countersign/"); ours {
-				labels = append(labels, label)
-			}
+			all = append(all, string(a[0].Value))
 		}
 	})
-	slices.Sort(labels)
-	return labels
+	slices.Sort(all)
+	return all
+}
+
+// tokenKeys lists the appliance's private keys on the token, such as payments/1.
+func (s *system) tokenKeys() (keys []string) {
+	s.t.Helper()
+	for _, label := range s.labels(pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)) {
+		if key, ours := strings.CutPrefix(label, "countersign/"); ours {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 // waitForRequests waits until no requested rotation of these keys is tried any more, for at most a

@@ -97,7 +97,7 @@ func (f footprint) flat(later footprint) error {
 }
 
 // rest stops all actors until nothing is under way, and returns the footprint of the daemon once
-// the footprint is steady and, with one before, within its bounds.
+// two in succession are alike and, with one before, within its bounds.
 func (k *soak) rest(before *footprint) (f footprint) {
 	t := k.t
 	t.Helper()
@@ -121,23 +121,15 @@ func (k *soak) rest(before *footprint) (f footprint) {
 		}
 		eventually(t, "each peer knows the active versions", func() bool { return k.told() })
 	}
-	f = k.footprint()
-	// Go collects each 2 minutes without another reason. Five like footprints are steady: a scrape
-	// has a connection and two goroutines.
-	var counts []string
-	for steady, began := 0, time.Now(); ; time.Sleep(300 * time.Millisecond) {
+	// Go collects each 2 minutes without another reason.
+	for began := time.Now(); ; {
 		last := f
-		f = k.footprint()
-		counts = append(counts, fmt.Sprintf("%d/%d", f.goroutines, f.descriptors))
-		distance := func(a, b int) int { return max(a-b, b-a) }
+		f = k.lowest()
 		var why error
 		if before != nil {
 			why = before.flat(f)
 		}
-		if steady++; distance(f.goroutines, last.goroutines) > 2 || distance(f.descriptors, last.descriptors) > 1 {
-			steady = 0
-		}
-		if steady >= 5 && why == nil {
+		if f.goroutines == last.goroutines && f.descriptors == last.descriptors && why == nil {
 			return f
 		}
 		if time.Since(began) > 150*time.Second {
@@ -145,8 +137,8 @@ func (k *soak) rest(before *footprint) (f footprint) {
 			<-k.p.ended
 			k.p.ended <- errors.New("ended by SIGQUIT")
 			os.WriteFile(filepath.Join(os.TempDir(), "soak-daemon.log"), []byte(k.p.stderr.String()), 0o600)
-			t.Logf("goroutines/descriptors: %v", counts[max(0, len(counts)-30):])
-			t.Fatalf("the daemon's footprint is %v (%v); its stacks are in %s/soak-daemon.log", f, why, os.TempDir())
+			t.Fatalf("the daemon's footprint is %v, after %v (%v); its stacks are in %s/soak-daemon.log", f, last, why,
+				os.TempDir())
 		}
 	}
 }
@@ -162,6 +154,19 @@ func (k *soak) told() bool {
 		}
 	}
 	return k.metrics()["countersign_requests_serving"] == 0
+}
+
+// lowest reads the footprint five times, and takes the lowest numbers of goroutines and of
+// descriptors: scrapes and timers come and go.
+func (k *soak) lowest() footprint {
+	f := k.footprint()
+	for range 4 {
+		time.Sleep(300 * time.Millisecond)
+		next := k.footprint()
+		next.goroutines, next.descriptors = min(next.goroutines, f.goroutines), min(next.descriptors, f.descriptors)
+		f = next
+	}
+	return f
 }
 
 // footprint reads the present footprint.

@@ -96,33 +96,9 @@ type system struct {
 type process struct {
 	t      testing.TB
 	cmd    *exec.Cmd
-	stderr *output
+	stderr *scantest.Buffer
 	notify *net.UnixConn // systemd's notification socket
 	ended  chan error    // a reader puts the error back for the next reader
-}
-
-// output is what a process writes. A test may read it while the process runs.
-type output struct {
-	mu   sync.Mutex
-	text bytes.Buffer
-}
-
-func (o *output) Write(b []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.Write(b)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.text.String()
-}
-
-func (o *output) Reset() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.text.Reset()
 }
 
 // newSystem writes a configuration with a SoftHSM token and runs countersignd init.
@@ -299,7 +275,7 @@ func (s *system) begin(cmd *exec.Cmd) *process {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	p := &process{t: s.t, cmd: cmd, stderr: new(output), notify: notify, ended: make(chan error, 1)}
+	p := &process{t: s.t, cmd: cmd, stderr: new(scantest.Buffer), notify: notify, ended: make(chan error, 1)}
 	p.cmd.Env = append(p.cmd.Env, "NOTIFY_SOCKET="+socket)
 	if p.cmd.Stderr == nil {
 		p.cmd.Stderr = p.stderr

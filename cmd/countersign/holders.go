@@ -67,7 +67,7 @@ func (t *tool) holders(act maker) *cobra.Command {
 				} else if err != nil {
 					return err
 				}
-				pairs = append(pairs, "holder_"+strconv.Itoa(i+1), h.Name+" "+h.Recipient)
+				pairs = append(pairs, "holder_"+strconv.Itoa(i+1), h.String())
 			}
 			return t.propose(ctx, c, "holders set", "", pairs...)
 		})

@@ -45,8 +45,8 @@ func (c *ceremony) flags(cmd *cobra.Command) {
 	f.StringVar(&c.wait, "wait", "1d", "wait so long for the answers: a `duration`, such as 2h or 3d")
 }
 
-// open makes the file of the request, as a new one.
-func (c *ceremony) open() (err error) {
+// openRequest makes the file of the request, as a new one.
+func (c *ceremony) openRequest() (err error) {
 	if c.request == "" || c.answers == "" {
 		return configError{errors.New("--request and --answers are needed: the file for the holders, and the folder " +
 			"for what they answer")}
@@ -71,8 +71,8 @@ func (c *ceremony) open() (err error) {
 	return nil
 }
 
-// discard removes the file of a request that was not written, where this process may.
-func (c *ceremony) discard() {
+// discardRequest removes the file of a request that was not written, where this process may.
+func (c *ceremony) discardRequest() {
 	if info, err := os.Stat(c.request); err == nil && info.Size() == 0 {
 		os.Remove(c.request)
 	}

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"encoding/pem"
 	"fmt"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -353,12 +355,13 @@ func TestAlertsConfig(t *testing.T) {
 }
 
 // TestOldConfigurations: a configuration of each version can be used, and each field that a version
-// had is still a field.
+// had is still a field. The fields of the present version are among those.
 func TestOldConfigurations(t *testing.T) {
 	whole := func(path string, b []byte) error { _, err := parseConfig(path, b); return err }
-	fields := func(path string, b []byte) error { return decodeTOML(path, b, new(defaults())) }
+	known := func(path string, b []byte) error { return decodeTOML(path, b, new(defaults())) }
+	var all []byte
 	for pattern, read := range map[string]func(path string, b []byte) error{
-		"testdata/configuration-*.toml": whole, "testdata/fields-*.toml": fields,
+		"testdata/configuration-*.toml": whole, "testdata/fields-*.toml": known,
 	} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
@@ -372,7 +375,21 @@ func TestOldConfigurations(t *testing.T) {
 			if err := read(path, b); err != nil {
 				t.Error(err)
 			}
+			all = append(all, b...)
 		}
+	}
+	reference, err := os.ReadFile("reference.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := regexp.MustCompile(`(?m)^#?(\w+ =)`).FindAllSubmatch(reference, -1)
+	for _, field := range fields {
+		if !bytes.Contains(all, append([]byte{'\n'}, field[1]...)) {
+			t.Errorf("no file of testdata has the field %s", field[1])
+		}
+	}
+	if len(fields) < 100 {
+		t.Errorf("reference.toml has %d fields", len(fields))
 	}
 }
 

@@ -105,10 +105,10 @@ func (d drilling) make(ctx context.Context, path string, c Config, r *api.Drill,
 			return configError{errors.New("--holders: an appliance on scratch tokens is needed, and --files-only " +
 				"starts none")}
 		}
-		if err := d.open(); err != nil {
+		if err := d.openRequest(); err != nil {
 			return err
 		}
-		defer d.discard()
+		defer d.discardRequest()
 		if d.answers, err = filepath.Abs(d.answers); err != nil {
 			return err
 		}
@@ -571,12 +571,8 @@ func compareHolders(l *ledger.Ledger, keys []*keyring.Key) error {
 		if !known && first > 0 {
 			continue
 		}
-		same := known && set.Metadata["needed"] == fmt.Sprint(e.Needed) &&
-			set.Metadata["of"] == fmt.Sprint(len(e.Shares))
-		for i, s := range e.Shares {
-			same = same && set.Metadata[fmt.Sprint("holder_", i+1)] == s.Name+" "+s.Recipient
-		}
-		if !same {
+		sealed := audit.NewHoldersChanged(audit.Daemon(), e.Set, e.Needed, e.Holders().Texts())
+		if !known || !maps.Equal(set.Metadata, sealed.Metadata) {
 			return fmt.Errorf("key %v is sealed for other holders than those of set %d in the audit log", k.Ref(),
 				e.Set)
 		}

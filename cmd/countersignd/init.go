@@ -68,7 +68,7 @@ func (o initOptions) nameHolders(ctx context.Context, keys *keyring.Ring, who au
 	switch {
 	case len(o.holders) == 0:
 		return nil
-	case now.Number == 1 && now.Needed == o.set.Needed && slices.Equal(now.Holders, o.set.Holders):
+	case now.Equal(o.set):
 		return nil // an init that was interrupted
 	}
 	if err := keys.FirstHolders(ctx, who, o.set); err != nil {

@@ -248,11 +248,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	restoreCmd.MarkFlagRequired("appliance")
 	restoreCmd.Flags().StringToStringVar(&restores.moved, "map", nil,
 		"OLD=NEW: the folder OLD of the backup is NEW here; can be repeated")
-	restoreCmd.Flags().StringVar(&restores.proposer, "proposer", "",
-		"the administrator of the backup who proposes the restore")
-	restoreCmd.Flags().StringVar(&restores.text, "text", "", "the file of the text that the approvers sign")
-	restoreCmd.Flags().StringSliceVar(&restores.approvals, "approval", nil,
-		"the file with a signature of the text; can be repeated")
+	restores.flags(restoreCmd, "the administrator of the backup who proposes the restore")
 	var drills drilling
 	drillCmd := &cobra.Command{
 		Use:     "drill",
@@ -330,10 +326,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 			return factoryReset(cmd.Context(), configPath, resets, stdout, stderr)
 		},
 	}
-	resetCmd.Flags().StringVar(&resets.approving.proposer, "proposer", "", "the administrator who proposes the reset")
-	resetCmd.Flags().StringVar(&resets.approving.text, "text", "", "the file of the text that the approvers sign")
-	resetCmd.Flags().StringSliceVar(&resets.approving.approvals, "approval", nil,
-		"the file with a signature of the text; can be repeated")
+	resets.flags(resetCmd, "the administrator who proposes the reset")
 	resetCmd.Flags().BoolVar(&resets.typed, "typed", false,
 		"ask no approvers: root types the appliance's name at a terminal")
 	resetCmd.Flags().StringVar(&resets.record, "record", defaultRecord,

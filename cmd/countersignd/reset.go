@@ -48,10 +48,10 @@ import (
 
 // resetting has the options of countersignd factory-reset.
 type resetting struct {
-	approving restoring // the proposer, the text and its approvals
-	typed     bool      // root types the name in place of approvals
-	record    string    // the file outside
+	textApproval
 	extent
+	typed  bool   // root types the name in place of approvals
+	record string // the file outside
 }
 
 // extent is what a reset destroys beside the keys and the ledger.
@@ -234,7 +234,7 @@ func (r resetting) mayType() error {
 		return configError{errors.New("--typed: only root can destroy an appliance without its approvers")}
 	case !term.IsTerminal(int(os.Stdin.Fd())):
 		return configError{errors.New("--typed: the appliance's name is asked for at a terminal only")}
-	case r.approving.text != "" || r.approving.proposer != "" || len(r.approving.approvals) > 0:
+	case r.text != "" || r.proposer != "" || len(r.approvals) > 0:
 		return configError{errors.New("--typed is in place of --proposer, --text and --approval: leave those out")}
 	}
 	return nil
@@ -566,7 +566,7 @@ func (x *reset) describe() {
 		for _, k := range f.recorded[name] {
 			refs = append(refs, k.Ref.String())
 		}
-		line("destroys", "%s of the token %s: %s", cli.Count(len(refs), "key"), name, listed(refs))
+		line("destroys", "%s of the token %s: %s", cli.Count(len(refs), "key"), name, listed(sorted(refs)))
 		for _, ref := range f.unlisted[name] {
 			line("destroys", "the key %v of the token %s, which the ledger does NOT have", ref, name)
 		}
@@ -624,9 +624,8 @@ func (x *reset) recoverable() string {
 	return either(sealed > 0, cli.Count(sealed, "key"), "none")
 }
 
-// listed joins the names of keys, in the order of the names.
+// listed joins the names of keys, or counts many.
 func listed(refs []string) string {
-	slices.Sort(refs)
 	if text := strings.Join(refs, ", "); len(text) <= 800 {
 		return either(text != "", text, "none")
 	}
@@ -642,17 +641,19 @@ func (x *reset) parameters() []approval.Parameter {
 			unlisted = append(unlisted, fmt.Sprintf("%v of %s", ref, name))
 		}
 	}
-	left := slices.Sorted(slices.Values(x.LeftTokens))
+	left := sorted(x.LeftTokens)
 	return []approval.Parameter{
 		{Name: "machine", Value: hostName()},
 		{Name: "ledger", Value: x.found.ledger},
 		{Name: "keys", Value: either(len(keys) > 0, strings.Join(keys, ", "), "none")},
-		{Name: "unlisted_keys", Value: listed(unlisted)},
+		{Name: "unlisted_keys", Value: listed(sorted(unlisted))},
 		{Name: "recoverable", Value: x.recoverable()},
 		{Name: "left_tokens", Value: either(len(left) > 0, strings.Join(left, ", "), "none")},
 		{Name: "extent", Value: x.extent.String()},
 	}
 }
+
+func sorted(names []string) []string { return slices.Sorted(slices.Values(names)) }
 
 func hostName() string {
 	host, _ := os.Hostname()
@@ -675,19 +676,13 @@ func (x *reset) authorise(ctx context.Context) (
 	case !x.found.people.Initialised():
 		return false, nil, nil, errors.New("the appliance has no operators who could approve" + console)
 	}
-	now, err := x.found.people.Propose(approval.ActFactoryReset, x.approving.proposer, x.parameters(), time.Now(),
-		textLife)
-	if err != nil {
-		return false, nil, nil, fmt.Errorf("--proposer: %w", err)
-	}
-	if err := x.approving.openText(); err != nil {
+	if err := x.openText(); err != nil {
 		return false, nil, nil, err
 	}
-	if len(x.approving.approvals) == 0 {
-		return false, nil, nil, x.approving.askFor(x.found.people, now, "Nothing has been destroyed yet", x.stdout)
-	}
-	p, approvals, err = x.approving.approved(x.found.people, now)
-	return err == nil, p, approvals, err
+	defer x.discardText()
+	p, approvals, err = x.textApproval.authorise(x.found.people, approval.ActFactoryReset, x.parameters(),
+		"Nothing has been destroyed yet", x.stdout)
+	return err == nil && p != nil, p, approvals, err
 }
 
 // typeName has root type the name.
@@ -741,7 +736,7 @@ func (x *reset) begin(p *approval.Proposal, approvals []operators.Signed) (err e
 		m.Text = p.Text()
 	}
 	for i, a := range approvals {
-		m.Approvals = append(m.Approvals, resetApproval{a.Operator, a.PublicKey, x.approving.signatures[i]})
+		m.Approvals = append(m.Approvals, resetApproval{a.Operator, a.PublicKey, x.signatures[i]})
 		fmt.Fprintf(x.stdout, "%-12s %s\n", "approved by", a.Operator)
 	}
 	if err := x.write(map[string]any{"step": "begins", "reset": m}); err != nil {
@@ -869,12 +864,7 @@ func (x *reset) destroy(ctx context.Context, p *approval.Proposal, approvals []o
 // tellLedger writes the reset into the ledger: a copy of the ledger that somebody takes now says
 // what happened.
 func (x *reset) tellLedger(ctx context.Context, p *approval.Proposal, approvals []operators.Signed) error {
-	var keys string
-	for _, parameter := range x.parameters() {
-		if parameter.Name == "keys" {
-			keys = parameter.Value
-		}
-	}
+	keys := (&approval.Proposal{Parameters: x.parameters()}).Parameter("keys")
 	return x.ledger.Update(ctx, func(tx *ledger.Tx) error {
 		record := func(who audit.Actor) error {
 			return tx.Append(ledger.EventOf(audit.NewFactoryResetBegun(who, x.marker.Machine, x.marker.Ledger, keys)))

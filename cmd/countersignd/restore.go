@@ -296,43 +296,10 @@ type restoring struct {
 	opening
 	appliance string            // the name that the operator knows
 	moved     map[string]string // paths of the backup, and where they are now
-	proposer  string
-	text      string   // the file of the text to approve
-	approvals []string // files with signatures of the text
+	textApproval
 
-	// Opened before this process becomes the daemon's user.
-	ledger     *os.File // of the backup
-	textFile   *os.File
-	signatures []string
-	made       []string // folders that restore has made
-}
-
-// openText opens the file of the text, and reads the signatures.
-func (r *restoring) openText() (err error) {
-	if r.text == "" {
-		return nil
-	}
-	how := os.O_RDWR
-	if len(r.approvals) == 0 {
-		how |= os.O_CREATE
-	}
-	if r.textFile, err = os.OpenFile(r.text, how, 0o644); err != nil {
-		return fmt.Errorf("--text: %w", err)
-	}
-	if info, err := r.textFile.Stat(); err != nil {
-		return fmt.Errorf("--text: %w", err)
-	} else if len(r.approvals) == 0 && info.Size() > 0 {
-		return configError{fmt.Errorf("--text: %s has a text already: give its approvals with --approval, "+
-			"or name another file", r.text)}
-	}
-	for _, file := range r.approvals {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			return fmt.Errorf("--approval: %w", err)
-		}
-		r.signatures = append(r.signatures, string(b))
-	}
-	return nil
+	ledger *os.File // of the backup, opened before this process becomes the daemon's user
+	made   []string // folders that restore has made
 }
 
 // place returns the path of a file on this machine.
@@ -375,11 +342,7 @@ func restore(ctx context.Context, r restoring, stdout, stderr io.Writer) (err er
 	if err := r.openText(); err != nil {
 		return err
 	}
-	defer func() {
-		if info, err := os.Stat(r.text); err == nil && info.Size() == 0 && len(r.approvals) == 0 {
-			os.Remove(r.text)
-		}
-	}()
+	defer r.discardText()
 	b, err := openBackup(ctx, r.opening)
 	if err != nil {
 		return err
@@ -722,24 +685,16 @@ func (f facts) parameters(b openedBackup) []approval.Parameter {
 	for _, ref := range f.missing {
 		refs = append(refs, ref.String())
 	}
-	missing := strings.Join(refs, ", ")
-	if len(missing) > 800 {
-		missing = cli.Count(len(f.missing), "key")
-	}
-	host, _ := os.Hostname()
 	return []approval.Parameter{
 		{Name: "sha256", Value: b.Digest},
 		{Name: "made", Value: b.Made().Format(time.RFC3339)},
 		{Name: "reaches", Value: b.reach()},
-		{Name: "machine", Value: either(host != "", host, "unnamed")},
+		{Name: "machine", Value: hostName()},
 		{Name: "replaces", Value: f.replaces},
 		{Name: "lost", Value: f.lost},
-		{Name: "missing_keys", Value: either(missing != "", missing, "none")},
+		{Name: "missing_keys", Value: listed(refs)},
 	}
 }
-
-// textLife is the time for approvals.
-const textLife = 24 * time.Hour
 
 // change writes the restore into the ledger, if it is approved. Otherwise change writes the text to
 // approve.
@@ -757,14 +712,9 @@ func (r restoring) change(
 	var p *approval.Proposal
 	var approvals []operators.Signed
 	if people.Initialised() {
-		now, err := people.Propose(approval.ActBackupRestore, r.proposer, f.parameters(b), time.Now(), textLife)
-		if err != nil {
-			return false, fmt.Errorf("--proposer: %w", err)
-		}
-		if len(r.approvals) == 0 {
-			return false, r.askFor(people, now, "Nothing of the ledger has been restored yet", stdout)
-		}
-		if p, approvals, err = r.approved(people, now); err != nil {
+		p, approvals, err = r.authorise(people, approval.ActBackupRestore, f.parameters(b),
+			"Nothing of the ledger has been restored yet", stdout)
+		if err != nil || p == nil {
 			return false, err
 		}
 	}
@@ -813,46 +763,6 @@ func checkClock(now time.Time, skew time.Duration, made, ledgers time.Time) erro
 		}
 	}
 	return nil
-}
-
-// askFor writes the text to approve, and says how.
-func (r restoring) askFor(people operators.Offline, p *approval.Proposal, yet string, stdout io.Writer) error {
-	if r.textFile == nil {
-		return configError{errors.New("--text: name the file for the text that the approvers sign")}
-	}
-	if err := r.textFile.Truncate(0); err != nil {
-		return err
-	}
-	if _, err := r.textFile.WriteAt([]byte(p.Text()), 0); err != nil {
-		return err
-	}
-	if err := r.textFile.Close(); err != nil {
-		return err
-	}
-	fmt.Fprintf(stdout, "\n%s. The text is in %s:\n\n%s\n", yet, r.text, p.Text())
-	fmt.Fprintf(stdout, "%s sign it, each with the SSH key of the appliance:\n", strings.Join(people.Approvers(), ", "))
-	fmt.Fprintf(stdout, "  ssh-keygen -Y sign -n %s -f KEY %s\n", approval.ForProposal, r.text)
-	fmt.Fprintf(stdout, "%d of them must. Then repeat the command with --approval FILE.sig for each.\n",
-		people.Needed())
-	return nil
-}
-
-// approved verifies the signatures of the text.
-func (r restoring) approved(people operators.Offline, now *approval.Proposal) (
-	p *approval.Proposal, all []operators.Signed, err error,
-) {
-	if r.textFile == nil {
-		return nil, nil, configError{errors.New("--text: name the file of the text that was signed")}
-	}
-	text, err := io.ReadAll(r.textFile)
-	if err != nil {
-		return nil, nil, fmt.Errorf("--text: %w", err)
-	}
-	if p, err = people.Same(string(text), now); err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", r.text, err)
-	}
-	all, err = people.Approve(p, r.signatures)
-	return p, all, err
 }
 
 func copyFile(source io.Reader, to string) error {

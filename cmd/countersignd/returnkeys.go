@@ -37,10 +37,10 @@ func returnKeys(ctx context.Context, path string, c Config, r returning, stdout,
 	if err := noCoreFiles(); err != nil {
 		return err
 	}
-	if err := r.open(); err != nil { // as root, before this process becomes the daemon's user
+	if err := r.openRequest(); err != nil { // as root, before this process becomes the daemon's user
 		return err
 	}
-	defer r.discard()
+	defer r.discardRequest()
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	return withLauncher(path, "", c, func(c Config) error {
 		missing, name, err := r.look(ctx, c, log, stdout)

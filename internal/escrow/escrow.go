@@ -26,6 +26,7 @@ import (
 	"strconv"
 	"strings"
 
+	"countersign/approval"
 	"countersign/internal/ijson"
 	"countersign/internal/keystore"
 	"countersign/internal/recipient"
@@ -60,7 +61,7 @@ var (
 // Bounds of a set. With one needed holder, one person would have the key.
 const (
 	MinNeeded  = 2
-	MaxHolders = 9 // as approval.MaxHolders
+	MaxHolders = approval.MaxHolders
 )
 
 // Holder is a person with shares.
@@ -69,7 +70,10 @@ type Holder struct {
 	Recipient string `json:"recipient"` // age1..., or an SSH public key without a comment
 }
 
-// Set is the present holders, and how many of them open an envelope.
+// String is the holder as acts and events have it: the name, a blank and the public key.
+func (h Holder) String() string { return h.Name + " " + h.Recipient }
+
+// Set is a set of holders, and how many of them open an envelope.
 type Set struct {
 	Number  uint32   `json:"number"` // of the set, from 1
 	Needed  int      `json:"needed"`
@@ -124,6 +128,22 @@ func (h Holder) Fingerprint() string {
 		return key.Type() + " " + ssh.FingerprintSHA256(key)
 	}
 	return h.Recipient
+}
+
+// Texts are the holders as acts and events have them.
+func (s Set) Texts() (all []string) {
+	for _, h := range s.Holders {
+		all = append(all, h.String())
+	}
+	return all
+}
+
+// Equal reports that two sets have the same number and the same holders.
+func (s Set) Equal(o Set) bool { return s.Number == o.Number && s.SameHolders(o) }
+
+// SameHolders reports that two sets have the same holders, in the same order, and need as many.
+func (s Set) SameHolders(o Set) bool {
+	return s.Needed == o.Needed && slices.Equal(s.Holders, o.Holders)
 }
 
 // Check refuses a set with too few holders, or with a holder that is none or there twice.
@@ -312,13 +332,13 @@ func ParseEnvelope(b []byte) (e Envelope, err error) {
 	return e, e.check()
 }
 
-// IsFor reports that the envelope is sealed for a set of holders.
-func (e Envelope) IsFor(s Set) bool {
-	same := e.Set == s.Number && e.Needed == s.Needed && len(e.Shares) == len(s.Holders)
-	for i := 0; same && i < len(s.Holders); i++ {
-		same = e.Shares[i].Holder == s.Holders[i]
+// Holders returns the set of holders that the envelope is sealed for.
+func (e Envelope) Holders() Set {
+	set := Set{Number: e.Set, Needed: e.Needed}
+	for _, s := range e.Shares {
+		set.Holders = append(set.Holders, s.Holder)
 	}
-	return same
+	return set
 }
 
 // Of reads the envelope in the record of a key, and refuses that of another key.
@@ -332,12 +352,8 @@ func Of(envelope []byte, ref keystore.Ref, public []byte) (Envelope, error) {
 
 func (e Envelope) check() error {
 	public, err := hex.DecodeString(e.PublicKey)
-	set := Set{Number: e.Set, Needed: e.Needed}
-	for _, s := range e.Shares {
-		set.Holders = append(set.Holders, s.Holder)
-	}
 	if err == nil {
-		err = set.Check()
+		err = e.Holders().Check()
 	}
 	if err == nil {
 		_, err = keystore.ParseRef(e.Key.String())

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
-	"io"
+	"io/fs"
 	"math/big"
 	"os"
 	"os/exec"
@@ -19,36 +21,27 @@ import (
 	"testing"
 
 	"countersign/internal/escrow"
+	"countersign/internal/escrow/escrowtest"
 	"countersign/internal/keystore"
 	"countersign/internal/recipient"
 	"countersign/internal/secret"
 
 	"filippo.io/age"
+	"filippo.io/age/agessh"
 	"golang.org/x/crypto/ssh"
 )
 
 var payments = keystore.Ref{Name: "payments", Version: 1}
 
-// people are holders with their private keys.
-type people struct {
-	set  escrow.Set
-	keys [][]recipient.Identity
-}
-
-func newPeople(t *testing.T, needed, n int) (p people) {
+// newPeople makes n holders of the third set of an appliance.
+func newPeople(t *testing.T, needed, n int) escrowtest.People {
 	t.Helper()
-	p.set = escrow.Set{Number: 3, Needed: needed}
+	var names []string
 	for i := range n {
-		id, err := age.GenerateX25519Identity()
-		if err != nil {
-			t.Fatal(err)
-		}
-		h, err := escrow.NewHolder(fmt.Sprintf("holder-%d", i+1), id.Recipient().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		p.set.Holders, p.keys = append(p.set.Holders, h), append(p.keys, []recipient.Identity{id})
+		names = append(names, fmt.Sprintf("holder-%d", i+1))
 	}
+	p := escrowtest.New(t, needed, names...)
+	p.Set.Number = 3
 	return p
 }
 
@@ -67,33 +60,12 @@ func seal(t *testing.T, ref keystore.Ref, seed secret.Bytes, to escrow.Set) []by
 	return b
 }
 
-// shares opens the shares of some people, by number from 0.
-func (p people) shares(t *testing.T, envelope []byte, who ...int) (lines []string) {
-	t.Helper()
-	e, err := escrow.ParseEnvelope(envelope)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, i := range who {
-		r, err := age.Decrypt(bytes.NewReader(e.Shares[i].Sealed), p.keys[i]...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		line, err := io.ReadAll(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		lines = append(lines, string(line))
-	}
-	return lines
-}
-
 // TestAnyEnoughOpen: for each size of a set, any M holders open the seed, in any order, and M-1 do
 // not, nor does one share several times.
 func TestAnyEnoughOpen(t *testing.T) {
 	for _, size := range [][2]int{{2, 2}, {2, 3}, {3, 3}, {3, 5}, {2, 9}, {9, 9}} {
 		p, seed := newPeople(t, size[0], size[1]), newSeed()
-		envelope := seal(t, payments, seed, p.set)
+		envelope := seal(t, payments, seed, p.Set)
 		for subset := range 1 << size[1] {
 			var who []int
 			for i := range size[1] {
@@ -105,14 +77,14 @@ func TestAnyEnoughOpen(t *testing.T) {
 				continue
 			}
 			slices.Reverse(who)
-			got, err := escrow.Open(envelope, p.shares(t, envelope, who...))
+			got, err := escrow.Open(envelope, p.Shares(t, envelope, who...))
 			if len(who) < size[0] && !errors.Is(err, escrow.ErrShares) {
 				t.Errorf("%v of %d, %d needed: %v", who, size[1], size[0], err)
 			} else if len(who) >= size[0] && (err != nil || !got.Equal(seed)) {
 				t.Errorf("%v of %d, %d needed: %v", who, size[1], size[0], err)
 			}
 		}
-		one := slices.Repeat(p.shares(t, envelope, 0), size[0])
+		one := slices.Repeat(p.Shares(t, envelope, 0), size[0])
 		if _, err := escrow.Open(envelope, one); !errors.Is(err, escrow.ErrShares) {
 			t.Errorf("one share %d times: %v", size[0], err)
 		}
@@ -124,7 +96,7 @@ func TestAnyEnoughOpen(t *testing.T) {
 func TestFewerAreNotEnough(t *testing.T) {
 	for _, size := range [][2]int{{3, 3}, {3, 5}, {4, 6}, {9, 9}} {
 		p := newPeople(t, size[0], size[1])
-		envelope := seal(t, payments, newSeed(), p.set)
+		envelope := seal(t, payments, newSeed(), p.Set)
 		var e map[string]any
 		if err := json.Unmarshal(envelope, &e); err != nil {
 			t.Fatal(err)
@@ -138,7 +110,7 @@ func TestFewerAreNotEnough(t *testing.T) {
 		for i := range size[0] - 1 {
 			who = append(who, i)
 		}
-		if _, err := escrow.Open(lying, p.shares(t, envelope, who...)); !errors.Is(err, escrow.ErrEnvelope) {
+		if _, err := escrow.Open(lying, p.Shares(t, envelope, who...)); !errors.Is(err, escrow.ErrEnvelope) {
 			t.Errorf("%d shares of %d needed: %v, want %v", size[0]-1, size[0], err, escrow.ErrEnvelope)
 		}
 	}
@@ -149,7 +121,7 @@ func TestDamagedShare(t *testing.T) {
 	p := newPeople(t, 2, 2)
 	second := keystore.Ref{Name: "payments", Version: 2}
 	var e escrow.Envelope
-	if err := json.Unmarshal(seal(t, payments, newSeed(), p.set), &e); err != nil {
+	if err := json.Unmarshal(seal(t, payments, newSeed(), p.Set), &e); err != nil {
 		t.Fatal(err)
 	}
 	e.Shares[0].Sealed[len(e.Shares[0].Sealed)-1] ^= 1
@@ -158,12 +130,12 @@ func TestDamagedShare(t *testing.T) {
 		t.Fatal(err)
 	}
 	c, err := escrow.Begin(escrow.ForDrill, "countersign/abc", "host", [][]byte{
-		damaged, seal(t, second, newSeed(), p.set),
+		damaged, seal(t, second, newSeed(), p.Set),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, g, err := escrow.Give(c.Request(), escrow.Code(c.Request()), p.keys[0])
+	_, g, err := escrow.Give(c.Request(), escrow.Code(c.Request()), p.Keys[0])
 	if err != nil || !slices.Equal(g.Keys, []keystore.Ref{second}) ||
 		!slices.Equal(g.Damaged, []keystore.Ref{payments}) {
 		t.Errorf("%+v, %v", g, err)
@@ -177,8 +149,8 @@ func TestSharesAreFresh(t *testing.T) {
 	order.Add(order, new(big.Int).Lsh(big.NewInt(1), 252))
 	first := map[string]bool{}
 	for range 8 {
-		envelope := seal(t, payments, secret.New(bytes.Repeat([]byte{7}, 32)), p.set)
-		fields := strings.Fields(p.shares(t, envelope, 0)[0])
+		envelope := seal(t, payments, secret.New(bytes.Repeat([]byte{7}, 32)), p.Set)
+		fields := strings.Fields(p.Shares(t, envelope, 0)[0])
 		value, err := hex.DecodeString(fields[4])
 		if err != nil {
 			t.Fatal(err)
@@ -206,14 +178,14 @@ func TestForeignOpen(t *testing.T) {
 		t.Fatal("docs/SPEC.md has no script that opens an envelope")
 	}
 	folder, seed, p := t.TempDir(), newSeed(), newPeople(t, 3, 5)
-	envelope := seal(t, payments, seed, p.set)
+	envelope := seal(t, payments, seed, p.Set)
 	args := []string{"-c", "# open an envelope" + script, filepath.Join(folder, "envelope.json")}
 	if err := os.WriteFile(args[2], envelope, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, i := range []int{4, 0, 2} {
 		file := filepath.Join(folder, fmt.Sprint(i))
-		text := fmt.Sprintln(p.keys[i][0].(*age.X25519Identity))
+		text := fmt.Sprintln(p.Keys[i][0].(*age.X25519Identity))
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -227,11 +199,63 @@ func TestForeignOpen(t *testing.T) {
 	}
 }
 
+var write = flag.Bool("write", false, "write an envelope of the present format into testdata, if there is none")
+
+// TestOldEnvelopes opens an envelope of each format that a version has written: backups keep
+// envelopes for years.
+func TestOldEnvelopes(t *testing.T) {
+	derived := func(name string) []byte {
+		sum := sha256.Sum256([]byte("countersign, internal/escrow/testdata: " + name))
+		return sum[:]
+	}
+	var p escrowtest.People
+	p.Set = escrow.Set{Number: 4, Needed: 2}
+	for _, name := range []string{"ann", "bob", "cy"} {
+		private := ed25519.NewKeyFromSeed(derived(name))
+		public, err := ssh.NewPublicKey(private.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := escrow.NewHolder(name, string(ssh.MarshalAuthorizedKey(public)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := agessh.NewEd25519Identity(private)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.Set.Holders, p.Keys = append(p.Set.Holders, h), append(p.Keys, []age.Identity{id})
+	}
+	seed := secret.New(derived("seed"))
+	present := "testdata/format-1.json"
+	if _, err := os.Stat(present); errors.Is(err, fs.ErrNotExist) && *write {
+		if err := os.WriteFile(present, seal(t, payments, seed, p.Set), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := filepath.Glob("testdata/format-*.json")
+	if err != nil || !slices.Contains(all, present) {
+		t.Fatalf("%v, %v: go test ./internal/escrow -args -write", all, err)
+	}
+	for _, file := range all {
+		envelope, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, who := range [][]int{{0, 1}, {2, 0}, {1, 2}} {
+			got, err := escrow.Open(envelope, p.Shares(t, envelope, who...))
+			if err != nil || !got.Equal(seed) {
+				t.Errorf("%s, by %v: %v", file, who, err)
+			}
+		}
+	}
+}
+
 // TestEveryByteOfAnEnvelope flips each byte: the envelope opens to the same seed or not at all.
 func TestEveryByteOfAnEnvelope(t *testing.T) {
 	p, seed := newPeople(t, 2, 2), newSeed()
-	envelope := seal(t, payments, seed, p.set)
-	lines, opened := p.shares(t, envelope, 0, 1), 0
+	envelope := seal(t, payments, seed, p.Set)
+	lines, opened := p.Shares(t, envelope, 0, 1), 0
 	for i := range envelope {
 		changed := bytes.Clone(envelope)
 		changed[i] ^= 1
@@ -256,12 +280,12 @@ func TestEveryByteOfAnEnvelope(t *testing.T) {
 // refused, and the error names the holder but no digit of the share.
 func TestShares(t *testing.T) {
 	p, seed := newPeople(t, 2, 3), newSeed()
-	envelope, again := seal(t, payments, seed, p.set), seal(t, payments, seed, p.set)
-	other := seal(t, keystore.Ref{Name: "other", Version: 1}, newSeed(), p.set)
-	good := p.shares(t, envelope, 0)[0]
-	second := p.shares(t, envelope, 1)[0]
+	envelope, again := seal(t, payments, seed, p.Set), seal(t, payments, seed, p.Set)
+	other := seal(t, keystore.Ref{Name: "other", Version: 1}, newSeed(), p.Set)
+	good := p.Shares(t, envelope, 0)[0]
+	second := p.Shares(t, envelope, 1)[0]
 	for name, bad := range map[string]string{
-		"another key": p.shares(t, other, 1)[0], "sealed again": p.shares(t, again, 1)[0],
+		"another key": p.Shares(t, other, 1)[0], "sealed again": p.Shares(t, again, 1)[0],
 		"another number": strings.Replace(second, " 2 ", " 3 ", 1),
 		"no number":      strings.Replace(second, " 2 ", " x ", 1),
 		"number 0":       strings.Replace(second, " 2 ", " 0 ", 1), "beyond": strings.Replace(second, " 2 ", " 4 ", 1),
@@ -278,7 +302,7 @@ func TestShares(t *testing.T) {
 
 // TestSets: what is no set is refused, and each form of a key is brought into one form.
 func TestSets(t *testing.T) {
-	good := newPeople(t, 2, 3).set
+	good := newPeople(t, 2, 3).Set
 	if err := good.Check(); err != nil {
 		t.Fatal(err)
 	}
@@ -298,7 +322,7 @@ func TestSets(t *testing.T) {
 		"a name":         change(func(s *escrow.Set) { s.Holders[1].Name = "Bob\x1b[2J" }),
 		"a key":          change(func(s *escrow.Set) { s.Holders[1].Recipient = "age1x" }),
 		"another form":   change(func(s *escrow.Set) { s.Holders[1].Recipient += " " }),
-		"ten holders":    newPeople(t, 2, 10).set,
+		"ten holders":    newPeople(t, 2, 10).Set,
 	} {
 		if err := bad.Check(); !errors.Is(err, escrow.ErrSet) {
 			t.Errorf("%s: %v", name, err)
@@ -348,18 +372,18 @@ func TestCeremony(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.set.Holders[2], err = escrow.NewHolder("carol", string(ssh.MarshalAuthorizedKey(key))); err != nil {
+	if p.Set.Holders[2], err = escrow.NewHolder("carol", string(ssh.MarshalAuthorizedKey(key))); err != nil {
 		t.Fatal(err)
 	}
 	opens := func() ([]byte, error) { return []byte("open"), nil }
-	if p.keys[2], err = recipient.ReadIdentities(file, opens); err != nil {
+	if p.Keys[2], err = recipient.ReadIdentities(file, opens); err != nil {
 		t.Fatal(err)
 	}
-	old := p.set
-	old.Number, old.Holders = 1, []escrow.Holder{p.set.Holders[0], p.set.Holders[2]}
+	old := p.Set
+	old.Number, old.Holders = 1, []escrow.Holder{p.Set.Holders[0], p.Set.Holders[2]}
 	seeds := []secret.Bytes{newSeed(), newSeed()}
 	second := keystore.Ref{Name: "payments", Version: 2}
-	envelopes := [][]byte{seal(t, payments, seeds[0], p.set), seal(t, second, seeds[1], old)}
+	envelopes := [][]byte{seal(t, payments, seeds[0], p.Set), seal(t, second, seeds[1], old)}
 	begin := func() *escrow.Ceremony {
 		c, err := escrow.Begin(escrow.ForDrill, "countersign/abc", "host", envelopes)
 		if err != nil {
@@ -373,20 +397,20 @@ func TestCeremony(t *testing.T) {
 	}
 	give := func(c *escrow.Ceremony, who int) []byte {
 		t.Helper()
-		answer, given, err := escrow.Give(c.Request(), " "+strings.ToUpper(escrow.Code(c.Request())), p.keys[who])
+		answer, given, err := escrow.Give(c.Request(), " "+strings.ToUpper(escrow.Code(c.Request())), p.Keys[who])
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := []int{2, 1, 2}[who]; len(given.Keys) != want || given.Holders[0] != p.set.Holders[who].Name {
+		if want := []int{2, 1, 2}[who]; len(given.Keys) != want || given.Holders[0] != p.Set.Holders[who].Name {
 			t.Errorf("holder %d gives %+v", who, given)
 		}
 		return answer
 	}
-	_, _, err = escrow.Give(c.Request(), escrow.Code(begin().Request()), p.keys[0])
+	_, _, err = escrow.Give(c.Request(), escrow.Code(begin().Request()), p.Keys[0])
 	if !errors.Is(err, escrow.ErrCode) {
 		t.Errorf("the code of another request: %v", err)
 	}
-	_, _, err = escrow.Give(c.Request(), escrow.Code(c.Request()), newPeople(t, 2, 2).keys[0])
+	_, _, err = escrow.Give(c.Request(), escrow.Code(c.Request()), newPeople(t, 2, 2).Keys[0])
 	if !errors.Is(err, escrow.ErrNone) {
 		t.Errorf("a stranger gives: %v", err)
 	}
@@ -441,7 +465,7 @@ func TestCeremony(t *testing.T) {
 // same keys, not even with all private keys of the holders but without their use.
 func TestAnswersAreWorthNothing(t *testing.T) {
 	p := newPeople(t, 2, 2)
-	envelope := seal(t, payments, newSeed(), p.set)
+	envelope := seal(t, payments, newSeed(), p.Set)
 	c, err := escrow.Begin(escrow.ForDrill, "countersign/abc", "host", [][]byte{envelope})
 	if err != nil {
 		t.Fatal(err)
@@ -450,7 +474,7 @@ func TestAnswersAreWorthNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, keys := range p.keys {
+	for i, keys := range p.Keys {
 		b, _, err := escrow.Give(c.Request(), escrow.Code(c.Request()), keys)
 		if err != nil {
 			t.Fatal(err)
@@ -459,7 +483,7 @@ func TestAnswersAreWorthNothing(t *testing.T) {
 		if err := json.Unmarshal(b, &a); err != nil {
 			t.Fatal(err)
 		}
-		for _, other := range p.keys {
+		for _, other := range p.Keys {
 			if _, err := age.Decrypt(bytes.NewReader(a.Shares), other...); err == nil {
 				t.Errorf("a holder opens the answer of holder %d", i+1)
 			}
@@ -478,7 +502,7 @@ func TestAnswersAreWorthNothing(t *testing.T) {
 // terminal.
 func TestRequests(t *testing.T) {
 	p := newPeople(t, 2, 2)
-	envelope := seal(t, payments, newSeed(), p.set)
+	envelope := seal(t, payments, newSeed(), p.Set)
 	c, err := escrow.Begin(escrow.ForDrill, "countersign/abc", "host\x1b[2J", [][]byte{envelope})
 	if err != nil {
 		t.Fatal(err)
@@ -510,7 +534,7 @@ func TestRequests(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := escrow.Give(b, escrow.Code(b), p.keys[0]); !errors.Is(err, escrow.ErrRequest) {
+		if _, _, err := escrow.Give(b, escrow.Code(b), p.Keys[0]); !errors.Is(err, escrow.ErrRequest) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

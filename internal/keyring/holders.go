@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 
 	"countersign/audit"
 	"countersign/internal/escrow"
@@ -57,7 +56,7 @@ func (r *Ring) CheckHolders(s escrow.Set) error {
 	case s.Number != before.Number+1:
 		return fmt.Errorf("%w: the present set of recovery holders is number %d: propose again",
 			manage.ErrConflict, before.Number)
-	case s.Needed == before.Needed && slices.Equal(s.Holders, before.Holders):
+	case s.SameHolders(before):
 		return fmt.Errorf("%w: these are the present recovery holders", manage.ErrConflict)
 	}
 	return nil
@@ -81,10 +80,6 @@ func (r *Ring) FirstHolders(ctx context.Context, who audit.Actor, s escrow.Set) 
 }
 
 func (r *Ring) setHolders(ctx context.Context, who audit.Actor, s escrow.Set) error {
-	var holders []string
-	for _, h := range s.Holders {
-		holders = append(holders, h.Name+" "+h.Recipient)
-	}
 	return r.run(ctx, who, "recovery holders", func(ctx context.Context) error {
 		if err := r.CheckHolders(s); err != nil {
 			return err
@@ -93,12 +88,12 @@ func (r *Ring) setHolders(ctx context.Context, who audit.Actor, s escrow.Set) er
 			if err := tx.Put(ledger.Meta, holdersKey, manage.Encode(s)); err != nil {
 				return err
 			}
-			return tx.Append(ledger.EventOf(audit.NewHoldersChanged(who, s.Number, s.Needed, holders)))
+			return tx.Append(ledger.EventOf(audit.NewHoldersChanged(who, s.Number, s.Needed, s.Texts())))
 		})
 	})
 }
 
-// mayMakeRecoverable refuses a recoverable key without holders, or of another algorithm.
+// mayMakeRecoverable refuses a recoverable key without holders, and an imported one.
 func (r *Ring) mayMakeRecoverable(n NewKey) error {
 	switch {
 	case n.Seed != "":

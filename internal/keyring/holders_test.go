@@ -3,7 +3,6 @@ package keyring_test
 import (
 	"bytes"
 	"errors"
-	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -11,28 +10,21 @@ import (
 
 	"countersign/audit"
 	"countersign/internal/escrow"
+	"countersign/internal/escrow/escrowtest"
 	"countersign/internal/keyring"
 	"countersign/internal/keystore"
 	"countersign/internal/keystore/keystoretest"
 	"countersign/internal/ledger"
 	"countersign/internal/manage"
-
-	"filippo.io/age"
 )
 
 // newSet makes holders, and keeps their private keys in the rig.
 func (r *rig) newSet(t *testing.T, needed int, names ...string) escrow.Set {
 	t.Helper()
-	set := escrow.Set{Number: r.Keys.Holders().Number + 1, Needed: needed}
-	for _, name := range names {
-		id, err := age.GenerateX25519Identity()
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.identities = append(r.identities, id)
-		set.Holders = append(set.Holders, escrow.Holder{Name: name, Recipient: id.Recipient().String()})
-	}
-	return set
+	p := escrowtest.New(t, needed, names...)
+	p.Set.Number = r.Keys.Holders().Number + 1
+	r.identities = append(r.identities, slices.Concat(p.Keys...)...)
+	return p.Set
 }
 
 func (r *rig) setHolders(t *testing.T, needed int, names ...string) {
@@ -59,15 +51,7 @@ func (r *rig) opens(t *testing.T, envelope []byte) (e escrow.Envelope) {
 	}
 	var lines []string
 	for _, s := range e.Shares {
-		b, err := age.Decrypt(bytes.NewReader(s.Sealed), r.identities...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		line, err := io.ReadAll(b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		lines = append(lines, string(line))
+		lines = append(lines, escrowtest.Share(t, s, r.identities...))
 	}
 	if _, err := escrow.Open(envelope, lines[:e.Needed]); err != nil {
 		t.Error(err)
@@ -235,14 +219,9 @@ func TestSetHolders(t *testing.T) {
 		e.Metadata["holder_2"] != "bob "+set.Holders[1].Recipient {
 		t.Errorf("%+v", e)
 	}
-	for name, s := range map[string]escrow.Set{
-		"the same number": r.newSet(t, 2, "cy", "dan"), "the same set": set,
-	} {
-		if name == "the same number" {
-			s.Number = 1
-		} else {
-			s.Number = 2
-		}
+	other, same := r.newSet(t, 2, "cy", "dan"), set
+	other.Number, same.Number = 1, 2
+	for name, s := range map[string]escrow.Set{"the same number": other, "the same holders": same} {
 		if err := r.Keys.SetHolders(t.Context(), approved, s); !errors.Is(err, manage.ErrConflict) {
 			t.Errorf("%s: %v", name, err)
 		}

@@ -16,17 +16,23 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"countersign/internal/backup"
+	"countersign/internal/ledger/disktest"
 	"countersign/internal/mirror/mirrortest"
 	"countersign/internal/scantest"
 
 	"golang.org/x/crypto/ssh"
 )
 
-func TestMain(m *testing.M) { os.Exit(scantest.Run(m)) }
+func TestMain(m *testing.M) {
+	disktest.Serve()
+	os.Exit(scantest.Run(m))
+}
 
 // id is that of the appliance of the tests.
 const id = "0123456789abcdef"
@@ -36,35 +42,17 @@ type rig struct {
 	*Mirror
 	t      *testing.T
 	server *mirrortest.Server
-	log    *lines
+	log    *scantest.Buffer
 
 	mu      sync.Mutex
 	shipped map[string]int64
 	keep    int // backups
 }
 
-// lines are the lines of a log.
-type lines struct {
-	mu  sync.Mutex
-	all bytes.Buffer
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.all.Write(b)
-}
-
-func (l *lines) count(text string) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.all.String(), text)
-}
-
 // newRig makes a Mirror that has not begun. change may change its server.
 func newRig(t *testing.T, change func(*Server)) *rig {
 	t.Helper()
-	r := &rig{t: t, server: mirrortest.New(t), log: new(lines), shipped: map[string]int64{}, keep: 3}
+	r := &rig{t: t, server: mirrortest.New(t), log: new(scantest.Buffer), shipped: map[string]int64{}, keep: 3}
 	to, err := Parse(r.server.URL(), r.server.KeyFile, []string{r.server.HostKey})
 	if err != nil {
 		t.Fatal(err)
@@ -88,6 +76,9 @@ func (r *rig) another(to Server) *Mirror {
 	r.t.Cleanup(m.Close)
 	return m
 }
+
+// told counts a text in the log.
+func (r *rig) told(text string) int { return strings.Count(r.log.String(), text) }
 
 func (r *rig) begin() {
 	r.Begin(Rule{ID: id, Spare: func(names []string) []string {
@@ -161,7 +152,7 @@ func (r *rig) eventually(what string, is func() bool) {
 		if time.Now().After(end) {
 			age, moving, err := r.Behind()
 			r.t.Fatalf("not in time: %s; behind %v, moving %v, %v; at the server %v\n%s",
-				what, age, moving, err, r.names(), r.log.all.String())
+				what, age, moving, err, r.names(), r.log.String())
 		}
 	}
 }
@@ -189,8 +180,8 @@ func (r *rig) fails(text string) {
 	})
 }
 
-// TestCarries: old and new backups and lists are at the server. Lists
-// grow there by whole records. Files of others are not touched, and not sent.
+// TestCarries: old and new backups and lists are at the server. Lists grow there by whole records.
+// Files of others are not touched, and not sent.
 func TestCarries(t *testing.T) {
 	r := newRig(t, nil)
 	first, second := name(backup.Whole, 1), name(backup.Whole, 5)
@@ -278,7 +269,7 @@ func TestFlaps(t *testing.T) {
 		r.server.Away(false)
 		r.has(lists)
 		r.eventually("one line each", func() bool {
-			return r.log.count("are not carried") == n+1 && r.log.count("are carried to the SFTP server again") == n+1
+			return r.told("are not carried") == n+1 && r.told("are carried to the SFTP server again") == n+1
 		})
 	}
 }
@@ -358,7 +349,7 @@ func TestRefused(t *testing.T) {
 			r.put(name(backup.Whole, 1), content(1000))
 			r.begin()
 			r.fails(c.text)
-			r.eventually("one line of the failure", func() bool { return r.log.count("are not carried") == 1 })
+			r.eventually("one line of the failure", func() bool { return r.told("are not carried") == 1 })
 			if c.heal == nil {
 				if len(r.names()) > 0 {
 					t.Errorf("at the server: %v", r.names())
@@ -378,25 +369,37 @@ func (r *rig) ok(err error) {
 	}
 }
 
-// TestFullDisk has the server's disk full, and then not.
+// TestFullDisk has the server's disk full for a backup, and then not.
 func TestFullDisk(t *testing.T) {
-	r := newRig(t, nil)
-	r.ok(fill(t, r.server.Folder, 1<<20))
+	disk := disktest.New(t)
+	r := newRig(t, func(s *Server) { s.Folder = disk.Dir() })
+	r.server.Folder = disk.Dir()
+	var room, attempts atomic.Int64 // bytes of a file; at the backup
+	room.Store(1 << 20)
+	disk.Fail(func(op disktest.Op) syscall.Errno {
+		if op.Kind == disktest.Truncate {
+			attempts.Add(1)
+		} else if op.Kind == disktest.Write && op.Offset+int64(len(op.Data)) > room.Load() {
+			return syscall.ENOSPC
+		}
+		return 0
+	})
 	r.put(name(backup.Whole, 1), content(3<<20))
 	r.put(name(backup.Lists, 2), content(1000))
 	r.begin()
 	r.fails("write")
-	for range 100 { // several attempts
+	before := attempts.Load()
+	r.eventually("several attempts", func() bool {
 		if _, moving, err := r.Behind(); moving || err == nil {
 			t.Fatalf("on a full disk: moving %v, %v", moving, err)
 		}
-		time.Sleep(3 * time.Millisecond)
-	}
+		return attempts.Load() >= before+10
+	})
 	r.eventually("the lists are at the server all the same", func() bool { return r.Has(name(backup.Lists, 2)) == Yes })
 	if r.at(name(backup.Whole, 1)) != nil || r.Has(name(backup.Whole, 1)) == Yes {
 		t.Error("a backup has its final name, and is not whole")
 	}
-	r.ok(fill(t, r.server.Folder, 8<<20))
+	room.Store(8 << 20)
 	r.has(name(backup.Whole, 1), name(backup.Lists, 2))
 }
 
@@ -439,13 +442,7 @@ func TestLocalLoss(t *testing.T) {
 	for _, n := range all {
 		r.ok(os.Remove(filepath.Join(r.folder, n)))
 	}
-	surveyed := func() {
-		t.Helper()
-		marker := name(backup.Lists, 21) + backup.PartSuffix // without a file in the folder
-		r.atServer(marker, []byte("x"))
-		r.eventually("the server's folder was looked at", func() bool { return r.at(marker) == nil })
-	}
-	surveyed()
+	r.surveyed()
 	if got := r.names(); !slices.Equal(got, sorted(all)) {
 		t.Errorf("after the loss of the folder: %v", got)
 	}
@@ -454,25 +451,33 @@ func TestLocalLoss(t *testing.T) {
 	r.has(next)
 	want := []string{all[2], all[3], all[4], all[5], next}
 	r.eventually("the server has cleaned", func() bool { return r.at(all[0]) == nil })
-	surveyed()
+	r.surveyed()
 	if got := r.names(); !slices.Equal(got, sorted(want)) {
 		t.Errorf("at the server: %v, want %v", got, want)
 	}
 	r.atServer(all[0]+otherSuffix, []byte("of a file that is gone"))
 	r.atServer(all[2]+otherSuffix, []byte("of a file that is kept"))
 	r.eventually("what was beside goes with the file", func() bool { return r.at(all[0]+otherSuffix) == nil })
-	surveyed()
+	r.surveyed()
 	if r.at(all[2]+otherSuffix) == nil {
 		t.Error("what is beside a file that is kept was removed")
 	}
 	r.put(all[0], content(1000)) // would be removed at once
-	surveyed()
+	r.surveyed()
 	if r.at(all[0]) != nil || r.Has(all[0]) != No {
 		t.Errorf("%s is at the server", all[0])
 	}
 	if age, _, err := r.Behind(); age != 0 || err != nil {
 		t.Errorf("behind %v, %v", age, err)
 	}
+}
+
+// surveyed waits until the server's folder was looked at, and what is to go is gone.
+func (r *rig) surveyed() {
+	r.t.Helper()
+	marker := name(backup.Lists, 59) + backup.PartSuffix // the last to go, without a file in the folder
+	r.atServer(marker, []byte("x"))
+	r.eventually("the server's folder was looked at", func() bool { return r.at(marker) == nil })
 }
 
 func sorted(names []string) []string { return slices.Sorted(slices.Values(names)) }
@@ -604,8 +609,8 @@ func TestNoRemovals(t *testing.T) {
 	lists := name(backup.Lists, 7)
 	r.put(lists, content(1000))
 	r.has(lists)
-	r.eventually("one line", func() bool { return r.log.count("refuses to remove") == 1 })
-	if got := r.names(); len(got) != len(all)+1 || r.log.count("are not carried") > 0 {
+	r.eventually("one line", func() bool { return r.told("refuses to remove") == 1 })
+	if got := r.names(); len(got) != len(all)+1 || r.told("are not carried") > 0 {
 		t.Errorf("at the server: %v", got)
 	}
 }
@@ -653,7 +658,8 @@ func TestNewestFirst(t *testing.T) {
 	r.put(newest, content(100))
 	r.begin()
 	r.fails("it is no file at the server")
-	time.Sleep(5 * r.times.list)
+	r.surveyed()
+	r.surveyed()
 	if got := r.names(); len(got) != 7 {
 		t.Errorf("at the server: %v", got)
 	}
@@ -676,10 +682,10 @@ func TestMoves(t *testing.T) {
 	r.server.Slow(30 << 20)
 	r.server.Cut(3 << 20)
 	r.begin()
-	r.eventually("it fails", func() bool { return r.log.count("are not carried") == 1 })
+	r.eventually("it fails", func() bool { return r.told("are not carried") == 1 })
 	r.server.Away(false)
 	r.server.Cut(9 << 20)
-	r.eventually("it moves, and fails again", func() bool { return r.log.count("are not carried") == 2 })
+	r.eventually("it moves, and fails again", func() bool { return r.told("are not carried") == 2 })
 	r.server.Away(false)
 	r.has(big)
 }
@@ -693,7 +699,7 @@ func TestSlow(t *testing.T) {
 	r.put(name(backup.Lists, 1), content(1000))
 	r.begin()
 	r.has(name(backup.Whole, 1))
-	if r.log.count("are not carried") > 0 {
+	if r.told("are not carried") > 0 {
 		t.Error("it has failed meanwhile")
 	}
 }
@@ -760,7 +766,7 @@ func TestServerHasMore(t *testing.T) {
 	r.put(lists, more[:3000])
 	r.atServer(lists, more)
 	r.begin()
-	r.eventually("it is told", func() bool { return r.log.count("keeps it") == 1 && r.Has(lists) == Yes })
+	r.eventually("it is told", func() bool { return r.told("keeps it") == 1 && r.Has(lists) == Yes })
 	if !bytes.Equal(r.at(lists), more) {
 		t.Error("the server has lost lists")
 	}

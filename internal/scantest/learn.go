@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 )
 
 // Log returns a logger whose lines, of all levels, are noted.
@@ -34,6 +35,31 @@ type tee struct {
 func (t tee) Write(b []byte) (int, error) {
 	Saw(t.of, string(b))
 	return t.to.Write(b)
+}
+
+// Buffer is what a process or a daemon writes. A test may read it meanwhile.
+type Buffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *Buffer) Write(text []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(text)
+}
+
+func (b *Buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// Reset forgets the text.
+func (b *Buffer) Reset() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.text.Reset()
 }
 
 // salts are the salt of a receipt in JSON and as the tool prints it, and the salt of a decision.

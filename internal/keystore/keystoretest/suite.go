@@ -13,7 +13,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -23,9 +22,8 @@ import (
 	"time"
 
 	"countersign/internal/escrow"
+	"countersign/internal/escrow/escrowtest"
 	"countersign/internal/keystore"
-
-	"filippo.io/age"
 )
 
 // LowOrderPoints lists the encodings with a shared secret of zero, with the top bit clear and set.
@@ -256,17 +254,8 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 		if !can { // a device, which key workers use
 			return
 		}
-		to := escrow.Set{Number: 1, Needed: 2}
-		var ids []age.Identity
-		for _, name := range []string{"ann", "bob"} {
-			id, err := age.GenerateX25519Identity()
-			if err != nil {
-				t.Fatal(err)
-			}
-			ids, to.Holders = append(ids, id), append(to.Holders, escrow.Holder{
-				Name: name, Recipient: id.Recipient().String(),
-			})
-		}
+		people := escrowtest.New(t, 2, "ann", "bob")
+		to := people.Set
 		use := func(k keystore.Key) {
 			t.Helper()
 			if k.Info().Algorithm == keystore.X25519 {
@@ -300,22 +289,7 @@ func Run(t *testing.T, open func(*testing.T) keystore.Store) {
 			if _, err := s.Key(t.Context(), other); !errors.Is(err, keystore.ErrNotFound) {
 				t.Errorf("it was made: %v", err)
 			}
-			var shares []string
-			e, err := escrow.ParseEnvelope(envelope)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for i, sealed := range e.Shares {
-				r, err := age.Decrypt(bytes.NewReader(sealed.Sealed), ids[i])
-				if err != nil {
-					t.Fatal(err)
-				}
-				line, err := io.ReadAll(r)
-				if err != nil {
-					t.Fatal(err)
-				}
-				shares = append(shares, string(line))
-			}
+			shares := people.Shares(t, envelope, 0, 1)
 			if err := s.Destroy(t.Context(), ref, tag); err != nil {
 				t.Fatal(err)
 			}

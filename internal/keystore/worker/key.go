@@ -215,7 +215,7 @@ func (p *Pool) Seal(
 			return keystore.ErrWrong
 		}
 		e, err := escrow.Of(made.Envelope, ref, made.Info.PublicKey)
-		if err != nil || e.Algorithm != alg || !e.IsFor(to) {
+		if err != nil || e.Algorithm != alg || !e.Holders().Equal(to) {
 			return keystore.ErrWrong
 		}
 		return nil
@@ -253,7 +253,7 @@ func (p *Pool) inExtraWorker(ctx context.Context, seedFile string, c call, check
 		p.mu.Unlock()
 		return errClosed
 	}
-	p.goroutines.Add(1) // under mu, so Close waits for every import that has begun
+	p.goroutines.Add(1) // under mu, so Close waits for every call that has begun
 	p.mu.Unlock()
 	defer p.goroutines.Done()
 	proc, err := p.startWorker(ctx, len(p.slots), seedFile)
@@ -272,7 +272,7 @@ func (p *Pool) inExtraWorker(ctx context.Context, seedFile string, c call, check
 	}
 	// After an error the caller removes the remains of the key. The process must be gone by then,
 	// or the process could still make the key.
-	proc.fail(errors.New("the import has ended"))
+	proc.fail(errors.New("the call has ended"))
 	proc.waitReaped(closeTimeout)
 	return err
 }
