@@ -115,7 +115,7 @@ func (t *tool) root() *cobra.Command {
 	root.SetErr(t.stderr)
 	root.AddCommand(t.keygen(), t.ping(), t.keys(), t.sign(), t.verify(), t.proof(), t.line(), t.watch(),
 		t.transcript(), t.policy(), t.audit(), t.holder(), t.admin())
-	cli.Add(root, func(err error) error { return failed{err} })
+	cli.Add(root, nil, func(err error) error { return failed{err} })
 	addExamples(root)
 	t.addCompletion(root)
 	return root

@@ -30,6 +30,10 @@ import (
 	"countersign/tpm"
 )
 
+// configFormat counts the configurations that an older version's daemon can't start with, or whose
+// fields mean something else. NEWS.md names the format of each version.
+const configFormat = 1
+
 // Config is the daemon's configuration, a TOML file in UTF-8 without a byte order mark. An unknown
 // field is an error with its line, and so is a name in another case. Relative paths of all fields
 // are relative to the directory of the file. A duration is a text with a unit: "10s", "5m", "7d".

@@ -382,7 +382,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, returnCmd, resetCmd,
 		approveCmd)
 	root.AddCommand(workerCmd, launchCmd, proveCmd)
-	cli.Add(root, func(err error) error { return err })
+	cli.Add(root, map[string]int{"configuration": configFormat, "ledger": ledger.Format},
+		func(err error) error { return err })
 	understood := false // the command, its arguments and its flags
 	root.PersistentPreRunE = func(c *cobra.Command, _ []string) error {
 		err := c.ValidateRequiredFlags() // cobra does so later

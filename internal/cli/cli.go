@@ -3,27 +3,17 @@
 package cli
 
 import (
-	"cmp"
 	"fmt"
-	"runtime"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
 )
 
 // Add adds the commands version and man to a program, and the flag --version. failed marks an error
-// of a command whose usage was right.
-func Add(root *cobra.Command, failed func(error) error) {
+// of a command whose usage was right. formats are those that the version names.
+func Add(root *cobra.Command, formats map[string]int, failed func(error) error) {
 	root.Version = Version()
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
-	version := &cobra.Command{
-		Use: "version", Short: "Print the version of this program", Args: cobra.NoArgs,
-		Example: "  " + root.Name() + " version",
-		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", root.Name(), root.Version)
-		},
-	}
 	man := &cobra.Command{
 		Use: "man DIR", Short: "Write the manual pages of all commands to a folder", Args: cobra.ExactArgs(1),
 		Example: "  " + root.Name() + " man /usr/local/share/man/man1",
@@ -34,7 +24,7 @@ func Add(root *cobra.Command, failed func(error) error) {
 			return nil
 		},
 	}
-	root.AddCommand(version, man)
+	root.AddCommand(versionCommand(root, formats), man)
 }
 
 // Number is a type that Count takes.
@@ -51,14 +41,4 @@ func Count[N Number](n N, noun string) string {
 		noun = stem + "ie"
 	}
 	return fmt.Sprintf("%d %ss", n, noun)
-}
-
-// Version is the version of this program with its compiler and platform. A build of a work tree has
-// the version of its commit; changes since end it with +dirty.
-func Version() string {
-	text := "(unknown)"
-	if b, ok := debug.ReadBuildInfo(); ok {
-		text = cmp.Or(b.Main.Version, text)
-	}
-	return fmt.Sprintf("%s (%s, %s/%s)", text, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

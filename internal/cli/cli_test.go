@@ -2,8 +2,11 @@ package cli
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"testing"
 
@@ -19,25 +22,47 @@ func program() *cobra.Command {
 	do.Flags().Bool("fast", false, "do it fast")
 	do.Flags().String("with", "", "the `tool` to use")
 	root.AddCommand(do)
-	Add(root, func(err error) error { return err })
+	Add(root, map[string]int{"ledger": 7}, func(err error) error { return err })
 	return root
 }
 
-// TestVersion: the command and the flag print the same line.
+// TestVersion: the command and the flag print the same first line, and the JSON names what built
+// the program. The binary of a test has no modules: packaging has the test of those.
 func TestVersion(t *testing.T) {
-	var outs []string
-	for _, arg := range []string{"version", "--version"} {
+	run := func(args ...string) string {
 		var out bytes.Buffer
 		root := program()
-		root.SetArgs([]string{arg})
+		root.SetArgs(args)
 		root.SetOut(&out)
 		if err := root.Execute(); err != nil {
 			t.Fatal(err)
 		}
-		outs = append(outs, out.String())
+		return out.String()
 	}
-	if outs[0] != outs[1] || !strings.HasPrefix(outs[0], "tool ") || strings.Count(outs[0], "\n") != 1 {
-		t.Errorf("%q", outs)
+	command, flag := run("version"), run("--version")
+	if command != flag+"format of the ledger: 7\n" || !strings.HasPrefix(flag, "tool "+Release+" (") {
+		t.Errorf("%q, %q", command, flag)
+	}
+	var b Build
+	if err := json.Unmarshal([]byte(run("version", "--json")), &b); err != nil {
+		t.Fatal(err)
+	}
+	if b.Program != "tool" || b.Version != Release || b.Formats["ledger"] != 7 || b.Go != runtime.Version() ||
+		b.Settings["GOARCH"] != runtime.GOARCH || !strings.Contains(flag, b.Platform) {
+		t.Errorf("%+v", b)
+	}
+}
+
+// TestRevision: a build from changed sources says so.
+func TestRevision(t *testing.T) {
+	at := debug.BuildSetting{Key: "vcs.revision", Value: "0123456789abcdef"}
+	changed := debug.BuildSetting{Key: "vcs.modified", Value: "true"}
+	for want, settings := range map[string][]debug.BuildSetting{
+		"": {changed}, "0123456789abcdef": {at}, "0123456789abcdef+dirty": {at, changed},
+	} {
+		if got := revision(settings); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
 

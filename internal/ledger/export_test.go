@@ -95,8 +95,5 @@ func (l *Ledger) Totals() (n int) {
 	return n
 }
 
-// Format is the present format, and Oldest the first that can be migrated.
-const (
-	Format = format
-	Oldest = oldest
-)
+// Oldest is the first format that can be migrated.
+const Oldest = oldest

@@ -220,7 +220,7 @@ func build(path string, now time.Time) error {
 			return err
 		}
 		t := &txn{tx: tx, now: now}
-		if err := t.bucket(bucketMeta).put(keyFormat, binary.BigEndian.AppendUint32(nil, uint32(format))); err != nil {
+		if err := t.bucket(bucketMeta).put(keyFormat, binary.BigEndian.AppendUint32(nil, uint32(Format))); err != nil {
 			return err
 		}
 		if err := t.beginEpoch(0, audit.Daemon(), nil, t.now); err != nil {
@@ -415,8 +415,8 @@ func rewriteMeta(f *os.File, pageSize int64) error {
 func checkLayout(tx *bolt.Tx) error {
 	if f, err := formatOf(tx); err != nil {
 		return err
-	} else if f != format {
-		return fmt.Errorf("%w: its format is %d, and this program knows %d", ErrFormat, f, format)
+	} else if f != Format {
+		return fmt.Errorf("%w: its format is %d, and this program knows %d", ErrFormat, f, Format)
 	}
 	for number := range buckets {
 		b := root(tx, byte(number))

@@ -9,11 +9,11 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// format is the version of the file's layout. A higher one belongs to a newer program, and is
+// Format is the version of the file's layout. A higher one belongs to a newer program, and is
 // refused. oldest is the lowest that a migration begins with.
 const (
 	oldest = 6
-	format = oldest + len(migrations)
+	Format = oldest + len(migrations)
 )
 
 // migrations make a file of each format from oldest on into one of the next format.
@@ -37,11 +37,11 @@ func formatOf(tx *bolt.Tx) (int, error) {
 	switch {
 	case f == 0:
 		return 0, fmt.Errorf("%w: its format is 0", ErrCorrupt)
-	case f > format:
+	case f > Format:
 		return 0, fmt.Errorf("%w: its format is %d, of a newer version, and this program knows %d",
-			ErrFormat, f, format)
+			ErrFormat, f, Format)
 	case f < oldest:
-		return 0, fmt.Errorf("%w: its format is %d, and this program knows %d to %d", ErrOlder, f, oldest, format)
+		return 0, fmt.Errorf("%w: its format is %d, and this program knows %d to %d", ErrOlder, f, oldest, Format)
 	}
 	return f, nil
 }
@@ -54,16 +54,16 @@ func migrate(path string, db *bolt.DB, asIs bool) error {
 	if err := db.View(func(tx *bolt.Tx) (err error) { from, err = formatOf(tx); return err }); err != nil {
 		return err
 	}
-	if from == format {
+	if from == Format {
 		return nil
 	}
 	if asIs {
-		return fmt.Errorf("%w: %d, and this program has %d", ErrOlder, from, format)
+		return fmt.Errorf("%w: %d, and this program has %d", ErrOlder, from, Format)
 	}
 	if err := keepCopy(db, fmt.Sprintf("%s.format-%d", path, from)); err != nil {
-		return fmt.Errorf("the copy before the migration from format %d to %d: %w", from, format, err)
+		return fmt.Errorf("the copy before the migration from format %d to %d: %w", from, Format, err)
 	}
-	for ; from < format; from++ {
+	for ; from < Format; from++ {
 		if err := db.Update(func(tx *bolt.Tx) error {
 			if err := migrations[from-oldest](tx); err != nil {
 				return err
