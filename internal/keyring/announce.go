@@ -113,7 +113,8 @@ func (r *Ring) rotationOf(k *Key) wire.Rotation {
 	}
 	if old := r.before(k); old != nil {
 		if !old.Retires.IsZero() {
-			doc.RetiresAt = old.Retires.Unix()
+			// A rotation by this second's clock may come before the ledger has this second.
+			doc.RetiresAt = max(old.Retires.Unix(), doc.ActivatesAt)
 		}
 		if old.Compromised {
 			doc.RetiresAt = doc.ActivatesAt
