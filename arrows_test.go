@@ -193,6 +193,7 @@ var arrows = map[string]room{
 	"scripts/receiver":           {ours: "internal/webhook"},
 	"softhsm-tests":              {},
 	"monitoring":                 {},
+	"packaging/notices":          {outside: "golang.org/x/mod"},
 	"tpm/tpmtest":                {outside: `github.com/google/go-tpm`},
 	"internal/spectest":          {},
 	"":                           {},
