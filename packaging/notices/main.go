@@ -1,10 +1,11 @@
-// Command notices writes the file copyright of the Debian package, with the licences of each Go
-// module in the binaries and of each npm package in the console.
+// Command notices writes two files of the Debian package. The file copyright has the licences of
+// each Go module in the binaries and of each npm package in the console, and sbom.cdx.json lists
+// the same parts for programs, as CycloneDX.
 //
-//	go run ./packaging/notices -o DIR bin/countersign bin/countersignd
+//	go run ./packaging/notices -o DIR -version 1.2.3 bin/countersign bin/countersignd
 //
 // A part without a licence, or with a text that nobody has read yet, is an error, and no file is
-// written. The file depends on the binaries and the sources of their parts only. Begin reading at
+// written. Both files depend on the binaries and the sources of their parts only. Begin reading at
 // run.
 package main
 
@@ -23,23 +24,24 @@ const console = "admin/console"
 
 func main() {
 	out := flag.String("o", ".", "folder of the files")
+	version := flag.String("version", "", "version of the Debian package")
 	flag.Parse()
 	if flag.NArg() == 0 {
 		flag.Usage()
 		os.Exit(2)
 	}
-	if err := run(*out, flag.Args()); err != nil {
+	if err := run(*out, *version, flag.Args()); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 }
 
-func run(out string, binaries []string) error {
+func run(out, version string, binaries []string) error {
 	parts, err := goParts(binaries)
 	if err != nil {
 		return err
 	}
-	packages, _, err := npmParts()
+	packages, direct, err := npmParts()
 	if err != nil {
 		return err
 	}
@@ -52,5 +54,10 @@ func run(out string, binaries []string) error {
 	if err := errors.Join(faults...); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(out, "copyright"), copyright(parts), 0o644)
+	list, err := sbom(version, binaries, parts, direct)
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.WriteFile(filepath.Join(out, "copyright"), copyright(parts), 0o644),
+		os.WriteFile(filepath.Join(out, "sbom.cdx.json"), list, 0o644))
 }

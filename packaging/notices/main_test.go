@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"debug/buildinfo"
 	"encoding/json"
 	"maps"
 	"os"
@@ -200,5 +202,103 @@ func read(t *testing.T, file string, v any) {
 	}
 	if err := json.Unmarshal(b, v); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestRun makes the files of the CLI in two folders, and looks for each part in them.
+func TestRun(t *testing.T) {
+	atRoot(t)
+	first, second := t.TempDir(), t.TempDir()
+	binary := filepath.Join(first, "countersign")
+	build := exec.Command("go", "build", "-o", binary, "./cmd/countersign")
+	build.Env = append(build.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := run(first, "1.2.3", []string{binary}); err != nil {
+		t.Fatal(err)
+	}
+	info, err := buildinfo.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packages, _, err := npmParts()
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	var doc document
+	read(t, filepath.Join(first, "sbom.cdx.json"), &doc)
+	listed := map[string]object{}
+	for _, c := range doc.Components {
+		listed[c["name"].(string)+" "+c["version"].(string)] = c
+	}
+	names := []string{"std " + experiments.ReplaceAllString(info.GoVersion, "")}
+	for _, dep := range info.Deps {
+		names = append(names, dep.Path+" "+dep.Version)
+	}
+	for _, p := range packages {
+		names = append(names, p.name+" "+p.version)
+	}
+	text, err := os.ReadFile(filepath.Join(first, "copyright"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		c := listed[name]
+		hashed := c["hashes"] != nil || strings.HasPrefix(name, "std ")
+		if c["licenses"] == nil || c["purl"] == nil || !hashed {
+			t.Errorf("sbom.cdx.json has %v for %s", c, name)
+		}
+		if !bytes.Contains(text, []byte("\nComment:\n "+name+", ")) {
+			t.Errorf("copyright lacks %s", name)
+		}
+	}
+	if len(listed) != len(names)+1 || listed["countersign 1.2.3"] == nil {
+		t.Errorf("sbom.cdx.json has %d parts, want %d and the binary", len(listed), len(names))
+	}
+
+	// The same binary, in another folder with links to the same sources, and for another user.
+	tree := t.TempDir()
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		at, err := filepath.Abs(e.Name())
+		if err == nil {
+			err = os.Symlink(at, filepath.Join(tree, e.Name()))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Chdir(tree)
+	t.Setenv("TZ", "Asia/Tokyo")
+	t.Setenv("LC_ALL", "tr_TR.UTF-8")
+	t.Setenv("USER", "another")
+	if err := os.Rename(binary, filepath.Join(second, "countersign")); err != nil {
+		t.Fatal(err)
+	}
+	if err := run(second, "1.2.3", []string{filepath.Join(second, "countersign")}); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"copyright", "sbom.cdx.json"} {
+		a, err := os.ReadFile(filepath.Join(first, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(filepath.Join(second, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(a, b) {
+			t.Errorf("%s depends on the folder", name)
+		}
+		for _, leak := range []string{first, "timestamp", "serialNumber", info.GoVersion} {
+			if bytes.Contains(a, []byte(leak)) {
+				t.Errorf("%s has %q", name, leak)
+			}
+		}
 	}
 }
