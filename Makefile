@@ -4,13 +4,12 @@ export REQUIRE_DEVICES = 1
 # need the package.
 export GOEXPERIMENT = runtimesecret
 
-.PHONY: build demo run test soak bench fuzz screenshots clean deps
+.PHONY: build demo run test package install soak bench fuzz screenshots clean deps
 
 build:
 	@scripts/deps.sh build
 	@scripts/console.sh
-	go build -o bin/countersignd ./cmd/countersignd
-	CGO_ENABLED=0 go build -o bin/countersign ./cmd/countersign
+	scripts/build.sh bin
 
 demo: build
 	CGO_ENABLED=0 go build -o bin/receiver ./scripts/receiver
@@ -23,6 +22,15 @@ run: build
 test: deps
 	@scripts/console.sh
 	go test -timeout 45m ./softhsm-tests ./...
+
+# The Debian packages, the tool for other systems, and the SBOM, in dist/.
+package:
+	@scripts/deps.sh build
+	@scripts/package.sh
+
+# make install DESTDIR=/tmp/root: what the package has, for those who package otherwise. make build comes before.
+install:
+	@scripts/install.sh "$(DESTDIR)"
 
 # SOAK=2h make soak: two hours of everything at once. Each soak prints a seed, which SOAK_SEED repeats.
 SOAK ?= 30m
@@ -47,5 +55,5 @@ deps:
 	@scripts/deps.sh test
 
 clean:
-	rm -rf bin screenshots .run .run-tpm admin/console/node_modules
+	rm -rf bin dist screenshots .run .run-tpm admin/console/node_modules
 	find admin/console/dist -mindepth 1 ! -name .gitignore -delete

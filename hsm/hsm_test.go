@@ -332,9 +332,9 @@ func TestOpenRefuses(t *testing.T) {
 		{"not a URI", func(c *hsm.Config) { c.URI = "countersign" }, "pkcs11"},
 		{"unknown attribute", func(c *hsm.Config) { c.URI = "pkcs11:tokn=x" }, "tokn"},
 		{"an object's attribute", func(c *hsm.Config) { c.URI += ";object=x" }, "object"},
-		{"the PIN itself", func(c *hsm.Config) { c.URI += "?pin-value=1234" }, "pin_file"},
-		{"the PIN itself, shouted", func(c *hsm.Config) { c.URI += "?PIN-VALUE=1234" }, "pin_file"},
-		{"the PIN as its source", func(c *hsm.Config) { c.URI += "?pin-source=1234" }, "pin-source"},
+		{"the PIN itself", func(c *hsm.Config) { c.URI += "?pin-value=p-i-n" }, "pin_file"},
+		{"the PIN itself, shouted", func(c *hsm.Config) { c.URI += "?PIN-VALUE=p-i-n" }, "pin_file"},
+		{"the PIN as its source", func(c *hsm.Config) { c.URI += "?pin-source=p-i-n" }, "pin-source"},
 		{"unknown query", func(c *hsm.Config) { c.URI += "?x=y" }, `"x"`},
 		{"slot-id", func(c *hsm.Config) { c.URI += ";slot-id=x" }, "slot-id"},
 		{"module twice", func(c *hsm.Config) { c.URI += "?module-path=/x.so" }, "exactly one of module"},
@@ -358,7 +358,7 @@ func TestOpenRefuses(t *testing.T) {
 		if err == nil {
 			s.Close()
 			t.Errorf("%s: opened", tc.name)
-		} else if text := err.Error(); !strings.Contains(text, tc.want) || strings.Contains(text, "1234") ||
+		} else if text := err.Error(); !strings.Contains(text, tc.want) || strings.Contains(text, "p-i-n") ||
 			strings.Contains(text, "\n") {
 			t.Errorf("%s: %v; want it to name %q", tc.name, err, tc.want)
 		}

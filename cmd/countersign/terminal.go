@@ -11,6 +11,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"unicode"
+
+	"golang.org/x/term"
 )
 
 // print writes v as JSON with --json, and otherwise calls human with a writer that aligns columns
@@ -53,18 +55,10 @@ func terminal(stream any) *os.File {
 	if v, is := stream.(visible); is {
 		stream = v.to
 	}
-	f, is := stream.(*os.File)
-	if !is {
-		return nil
+	if f, is := stream.(*os.File); is && term.IsTerminal(int(f.Fd())) {
+		return f
 	}
-	st, err := f.Stat()
-	if err != nil || st.Mode()&os.ModeCharDevice == 0 {
-		return nil
-	}
-	if null, err := os.Stat(os.DevNull); err == nil && os.SameFile(st, null) {
-		return nil
-	}
-	return f
+	return nil
 }
 
 // interactive says whether stdin is a terminal.

@@ -379,8 +379,8 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	approveCmd.Flags().StringToStringVar(&registers, "pcr", nil,
 		"N=HEX, a register of the bank and its value; repeat for each register that the keys are sealed to")
 	approveCmd.Flags().StringVar(&bank, "bank", "sha256", "the bank of the registers, as pcr_bank has it")
-	root.AddCommand(initCmd, serveCmd, checkCmd, configCmd, backupCmd, restoreCmd, drillCmd, returnCmd, resetCmd,
-		approveCmd)
+	root.AddCommand(setupCommand(&configPath, stdout, stderr), initCmd, serveCmd, checkCmd, configCmd, backupCmd,
+		restoreCmd, drillCmd, returnCmd, resetCmd, approveCmd)
 	root.AddCommand(workerCmd, launchCmd, proveCmd)
 	cli.Add(root, map[string]int{"configuration": configFormat, "ledger": ledger.Format},
 		func(err error) error { return err })
