@@ -1,3 +1,5 @@
+//go:build unix
+
 package form
 
 import (
@@ -13,7 +15,8 @@ import (
 // Guard returns a store whose keys sign what Recognise recognises, and nothing else. The input of
 // Key.Sign and of SignBatch is that of Recognise: a document is passed as
 // transcript.Document.Input. A signature is in the journal before the store returns the signature;
-// nil is no journal. Keys of the store itself are not keys of the guarded store.
+// nil is no journal. Keys of the store itself are not keys of the guarded store. Only key workers
+// use Guard, and they do not run on Windows.
 func Guard(s keystore.Store, w *journal.Writer) keystore.Store { return &guarded{s, w} }
 
 type guarded struct {
