@@ -1,4 +1,6 @@
-// Package durable replaces files so that a crash leaves the old content or the new one, whole.
+// Package durable replaces files so that a crash leaves the old content or the new one, whole. On
+// Windows a mode says only whether the file can be written: the folder's access list says who can
+// open the file.
 package durable
 
 import (
@@ -26,7 +28,7 @@ func Write(path string, content []byte, mode fs.FileMode) (err error) {
 	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), path)
+	return rename(f.Name(), path)
 }
 
 // Replace is Write and Sync: a crash after Replace leaves the new content.
@@ -35,13 +37,4 @@ func Replace(path string, content []byte, mode fs.FileMode) error {
 		return err
 	}
 	return Sync(filepath.Dir(path))
-}
-
-// Sync makes the names in a folder durable.
-func Sync(folder string) error {
-	f, err := os.Open(folder)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
