@@ -37,7 +37,8 @@ var arrows = map[string]room{
 	},
 	"cmd/countersign": {
 		ours: `admin/api approval audit client internal/cli internal/durable internal/escrow internal/form
-			internal/ijson internal/journal internal/keystore internal/recipient internal/sshagent policy transcript`,
+			internal/ijson internal/journal internal/keystore internal/ownfile internal/recipient
+			internal/sshagent policy transcript`,
 		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
 			"golang.org/x/crypto/ssh golang.org/x/term",
 	},
@@ -135,7 +136,10 @@ var arrows = map[string]room{
 		outside: "github.com/go-json-experiment/json golang.org/x/sys",
 	},
 	// For programs of peers and auditors.
-	"client": {ours: "audit internal/durable internal/eddsa internal/ijson internal/pubkey noise transcript wire"},
+	"client": {
+		ours: `audit internal/durable internal/eddsa internal/ijson internal/ownfile internal/pubkey noise
+			transcript wire`,
+	},
 	"noise": {
 		ours: "internal/eddsa internal/ijson internal/pubkey internal/secret",
 		outside: `github.com/flynn/noise github.com/go-json-experiment/json golang.org/x/crypto/blake2s
@@ -159,6 +163,7 @@ var arrows = map[string]room{
 	// The leaves: one trade each.
 	"policy":            {ours: "internal/ijson", outside: "github.com/cedar-policy/cedar-go"},
 	"internal/durable":  {outside: "golang.org/x/sys/windows"},
+	"internal/ownfile":  {outside: "golang.org/x/sys/windows"},
 	"internal/eddsa":    {outside: "filippo.io/edwards25519"},
 	"internal/ijson":    {outside: "github.com/go-json-experiment/json"},
 	"internal/keystore": {ours: "internal/secret", outside: "golang.org/x/sys"},

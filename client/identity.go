@@ -8,18 +8,20 @@ import (
 	"os"
 	"strings"
 
+	"countersign/internal/ownfile"
 	"countersign/noise"
 )
 
-// WriteIdentity makes a fresh identity and writes a new identity file with mode 0600. The file has
-// a comment line with the public key, then the private key as 64 hex digits. WriteIdentity never
-// overwrites an existing file.
+// WriteIdentity makes a fresh identity and writes a new identity file with mode 0600, on Windows
+// with an access list for the user, SYSTEM and Administrators. The file has a comment line with the
+// public key, then the private key as 64 hex digits. WriteIdentity never overwrites an existing
+// file.
 func WriteIdentity(path string) (*noise.Identity, error) {
 	id, err := noise.NewIdentity()
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := ownfile.Create(path)
 	if errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("%s exists, and an identity is never overwritten: choose another name", path)
 	} else if err != nil {
@@ -34,16 +36,11 @@ func WriteIdentity(path string) (*noise.Identity, error) {
 	return id, nil
 }
 
-// ReadIdentity reads an identity file, and refuses a file to which group or others have access.
-// Comment lines begin with #.
+// ReadIdentity reads an identity file, and refuses a file to which group or others have access, on
+// Windows anybody but the user, SYSTEM and Administrators. Comment lines begin with #.
 func ReadIdentity(path string) (*noise.Identity, error) {
-	st, err := os.Stat(path)
-	if err != nil {
+	if err := ownfile.CheckSecret(path); err != nil {
 		return nil, err
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s: mode %v gives others access to the private key: chmod 600 %s",
-			path, st.Mode().Perm(), path)
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {

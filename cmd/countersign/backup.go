@@ -13,6 +13,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/internal/cli"
+	"countersign/internal/ownfile"
 
 	"github.com/spf13/cobra"
 )
@@ -65,7 +66,7 @@ func (t *tool) backups(act maker) *cobra.Command {
 		"key, and the role backup can't either.")
 	get := act("get NAME FILE", "Copy the file of a backup to here, encrypted as it is", cobra.ExactArgs(2),
 		func(ctx context.Context, c *api.Client, args []string) (err error) {
-			f, err := os.OpenFile(args[1], os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+			f, err := ownfile.Create(args[1])
 			if err != nil {
 				return err
 			}

@@ -15,6 +15,7 @@ import (
 	"countersign/audit"
 	"countersign/internal/cli"
 	"countersign/internal/durable"
+	"countersign/internal/ownfile"
 
 	"github.com/spf13/cobra"
 )
@@ -114,7 +115,7 @@ func writeRows(path string, rows func(io.Writer) error) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := ownfile.Create(path)
 	if err != nil {
 		return err
 	}

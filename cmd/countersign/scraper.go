@@ -16,6 +16,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/ownfile"
 
 	"github.com/spf13/cobra"
 )
@@ -72,7 +73,7 @@ func (t *tool) scrapers(act maker) *cobra.Command {
 // scrapeToken makes the file for its owner only. A file that is there is used again, so that a
 // command that failed can be typed again.
 func scrapeToken(path string) (string, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := ownfile.Create(path)
 	if errors.Is(err, fs.ErrExist) {
 		b, err := os.ReadFile(path)
 		if err != nil {
