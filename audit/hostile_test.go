@@ -596,6 +596,24 @@ func TestMirrorIsChecked(t *testing.T) {
 	}
 }
 
+// TestMirrorIntoAnotherFolder: a folder with the names of a copy, which is no copy, stays as it is.
+func TestMirrorIntoAnotherFolder(t *testing.T) {
+	m := newMemory(t)
+	m.epoch(t, signatures(3, 1, 0)...)
+	for _, name := range []string{"checkpoint", "tile"} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("of somebody"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := audit.Mirror(t.Context(), m, m.log, dir, nil); err == nil {
+			t.Errorf("a copy into a folder with a %s", name)
+		}
+		if got := mirrored(dir); len(got) != 1 || string(got[name]) != "of somebody" {
+			t.Errorf("%q", got)
+		}
+	}
+}
+
 // mirrored returns the files of a copy by their names, without links.
 func mirrored(dir string) map[string][]byte {
 	files := map[string][]byte{}

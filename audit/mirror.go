@@ -59,7 +59,7 @@ func epochFile(epoch uint32, name string) string { return fmt.Sprintf("epochs/%d
 
 // Mirror copies a log into the folder dir and returns the checkpoint of the present epoch. Each
 // epoch is a static tree of its own in epochs/N. The names checkpoint and tile in dir are links to
-// those of the present epoch.
+// those of the present epoch: symbolic ones, on Windows hard links of the files.
 //
 // The invariant: a checkpoint in dir proves each file of its epoch in dir. A file gets its name
 // only when the file is proven and synced to the disk, and a checkpoint gets its name after all
@@ -68,7 +68,8 @@ func epochFile(epoch uint32, name string) string { return fmt.Sprintf("epochs/%d
 // Mirror brings an older copy in dir up to date. Files that can't change are not copied again, but
 // are read: a file that a crash or a person has damaged is replaced, or is an error if retention
 // has dropped the epoch meanwhile. Copies at the same time into one folder do not disturb each
-// other. After a crash, a file with a name that begins with .new may remain.
+// other; on Windows a copy fails while another program has a file open that is to be replaced, and
+// can be made again. After a crash, a file with a name that begins with .new may remain.
 //
 // Mirror calls progress, which may be nil, with the events copied and the events in total of the
 // epoch.
@@ -77,6 +78,9 @@ func Mirror(
 ) (Checkpoint, error) {
 	if dir == "" {
 		return Checkpoint{}, errors.New("audit: the folder for the copy has no name: name one")
+	}
+	if err := checkFolder(dir); err != nil {
+		return Checkpoint{}, err
 	}
 	text, err := from.ReadFile(ctx, "checkpoint")
 	if err != nil {
@@ -121,6 +125,20 @@ func Mirror(
 		}
 	}
 	return present, nil
+}
+
+// checkFolder refuses a folder with the names of a copy that is no copy: each copy, also one at the
+// same time, makes epochs before these names.
+func checkFolder(dir string) error {
+	for _, name := range []string{"checkpoint", "tile"} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err != nil {
+			continue
+		}
+		if _, err := os.Lstat(filepath.Join(dir, "epochs")); err != nil {
+			return fmt.Errorf("audit: %s has a %s and no epochs, so the folder is no export: use another", dir, name)
+		}
+	}
+	return nil
 }
 
 // checkEarlier refuses a folder with another log, or with a later state of the log.
@@ -300,16 +318,10 @@ func (m *mirror) finish(text []byte) error {
 	return durable.Sync(filepath.Dir(m.path("checkpoint")))
 }
 
-// link makes or replaces a symbolic link at a path, atomically.
-func link(to, at string) error {
-	if st, err := os.Lstat(at); err == nil && st.Mode().Type() != os.ModeSymlink {
-		return fmt.Errorf("audit: %s exists and is not a link, so the folder is no export: use another", at)
-	}
-	if now, err := os.Readlink(at); err == nil && now == to {
-		return nil
-	}
+// linkAt moves a link to a path, where the link may replace another. link makes the link.
+func linkAt(at string, link func(temp string) error) error {
 	temp := filepath.Join(filepath.Dir(at), ".new-"+rand.Text())
-	if err := os.Symlink(to, temp); err != nil {
+	if err := link(temp); err != nil {
 		return err
 	}
 	if err := os.Rename(temp, at); err != nil {
