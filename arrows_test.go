@@ -40,7 +40,7 @@ var arrows = map[string]room{
 			internal/ijson internal/journal internal/keystore internal/ownfile internal/recipient
 			internal/sshagent policy transcript`,
 		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
-			"golang.org/x/crypto/ssh golang.org/x/term",
+			"golang.org/x/crypto/ssh golang.org/x/sys/windows golang.org/x/term",
 	},
 	// The edge for operators.
 	"admin": {

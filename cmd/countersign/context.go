@@ -16,13 +16,13 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"countersign/admin/api"
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/durable"
+	"countersign/internal/ownfile"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -161,8 +161,7 @@ func (a *appliance) client() (*api.Client, error) {
 		return api.NewHTTPSClient(a.URL, []byte(a.CA))
 	}
 	if _, err := os.Stat(a.Socket); err != nil {
-		return nil, socketError{fmt.Errorf("no appliance runs at this socket: %w; "+
-			"start countersignd, or correct --socket (COUNTERSIGN_SOCKET)", err)}
+		return nil, socketError{fmt.Errorf("no appliance runs at this socket: %w; %s", err, noSocketHint)}
 	}
 	return api.NewClient(a.Socket), nil
 }
@@ -261,9 +260,10 @@ func (t *tool) pinLog(vkey string) (audit.Log, error) {
 }
 
 // errNoFolder is the error for a user without a folder for contexts.
-var errNoFolder = errors.New("there is no folder for contexts: set XDG_CONFIG_HOME or HOME")
+var errNoFolder = errors.New("there is no folder for contexts: set XDG_CONFIG_HOME or HOME, on Windows AppData")
 
-// contextFolder is $XDG_CONFIG_HOME/countersign or ~/.config/countersign.
+// contextFolder is $XDG_CONFIG_HOME/countersign or ~/.config/countersign; on macOS
+// ~/Library/Application Support/countersign, on Windows %AppData%\countersign.
 func contextFolder() (string, error) {
 	dir, err := os.UserConfigDir()
 	if err != nil {
@@ -306,14 +306,8 @@ func readContext(name string) (*appliance, error) {
 // another user could choose the appliance for which the caller signs.
 func readOwn(path string) ([]byte, error) {
 	for _, each := range []string{filepath.Dir(path), path} {
-		st, err := os.Stat(each)
-		if err != nil {
+		if err := ownfile.CheckOwn(each); err != nil {
 			return nil, err
-		}
-		owner := st.Sys().(*syscall.Stat_t).Uid
-		if st.Mode().Perm()&0o022 != 0 || owner != 0 && int(owner) != os.Geteuid() {
-			return nil, fmt.Errorf("%s: another user can change it (owner %d, mode %04o): look at its content, "+
-				"then: chown %d %s; chmod go-w %s", each, owner, st.Mode().Perm(), os.Geteuid(), each, each)
 		}
 	}
 	return os.ReadFile(path)
@@ -404,7 +398,8 @@ func (t *tool) contexts() *cobra.Command {
 		})
 	details(add, "The first context is in use from then on. The tool signs texts of the context's appliance only.\n"+
 		"With --log-key, that is the appliance with this log; without it, the appliance that answers the\n"+
-		"first sign-in. Contexts are files in ~/.config/countersign/contexts (or XDG_CONFIG_HOME).")
+		"first sign-in. Contexts are files in ~/.config/countersign/contexts (or XDG_CONFIG_HOME), on macOS in\n"+
+		"~/Library/Application Support/countersign, on Windows in %AppData%\\countersign.")
 	add.Example = "  countersign admin context add prod --socket ~/.countersign.sock --operator ann --log-key KEY\n" +
 		"  countersign admin context add prod --url https://localhost:7780 --ca appliance-ca.pem --operator ann"
 	add.Flags().StringVar(&pinned, "log-key", "",

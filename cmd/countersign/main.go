@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"slices"
@@ -153,8 +154,8 @@ func classify(err error) (code string, status int) {
 	case errors.Is(err, client.ErrHandshake):
 		return "handshake_refused", 1
 	case errors.Is(err, client.ErrUnreachable), errors.Is(err, context.DeadlineExceeded),
-		errors.Is(err, syscall.ECONNREFUSED),
-		errors.Is(err, syscall.ENOENT) && errors.As(err, new(socketError)):
+		errors.Is(err, errConnRefused),
+		errors.Is(err, fs.ErrNotExist) && errors.As(err, new(socketError)):
 		return "unreachable", 3
 	case errors.Is(err, transcript.ErrUnsupported):
 		return "unsupported", 1

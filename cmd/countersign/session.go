@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,13 +38,16 @@ type signedIn struct {
 func sessionFile(context string) (string, error) {
 	dir := os.Getenv("XDG_RUNTIME_DIR")
 	if dir == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
+		var err error
+		if dir, err = stateFolder(); err != nil {
 			return "", fmt.Errorf("there is no folder for the session: set XDG_RUNTIME_DIR: %w", err)
 		}
-		dir = filepath.Join(home, ".local", "state")
 	}
-	return filepath.Join(dir, "countersign", fmt.Sprintf("session-%s-%d.json", context, os.Getuid())), nil
+	name := "session-" + context
+	if uid := os.Getuid(); uid >= 0 { // Windows has no such numbers
+		name += fmt.Sprintf("-%d", uid)
+	}
+	return filepath.Join(dir, "countersign", name+".json"), nil
 }
 
 func readSession(context string) (s signedIn) {
@@ -93,7 +95,7 @@ func (t *tool) dialAdmin() (*api.Client, error) {
 	} else {
 		kept = signedIn{Operator: t.operator}
 	}
-	if kept.Operator != "" && os.Getenv("SSH_AUTH_SOCK") != "" {
+	if kept.Operator != "" && agentAddress() != "" {
 		c.OnSignedOut(func(ctx context.Context) (string, error) {
 			s, err := t.signIn(ctx, c.WithToken(""), kept)
 			if err != nil {
@@ -105,16 +107,15 @@ func (t *tool) dialAdmin() (*api.Client, error) {
 	return c, nil
 }
 
-var errNoAgent = errors.New("there is no SSH agent at SSH_AUTH_SOCK: start one (eval \"$(ssh-agent)\"), " +
-	"and add your key (ssh-add)")
+var errNoAgent = errors.New("there is no SSH agent at SSH_AUTH_SOCK: " + noAgentHint)
 
 // sshAgent connects to the user's SSH agent. The caller closes the connection.
 func sshAgent() (agent.ExtendedAgent, io.Closer, error) {
-	path := os.Getenv("SSH_AUTH_SOCK")
-	if path == "" {
+	address := agentAddress()
+	if address == "" {
 		return nil, nil, errNoAgent
 	}
-	conn, err := net.Dial("unix", path)
+	conn, err := dialAgent(address)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", errNoAgent, err)
 	}
@@ -236,7 +237,7 @@ func (t *tool) propose(ctx context.Context, c *api.Client, act, content string, 
 	if err != nil {
 		return err
 	}
-	if t.proposeOnly || !me.Operator.Has(approval.Approver) || os.Getenv("SSH_AUTH_SOCK") == "" {
+	if t.proposeOnly || !me.Operator.Has(approval.Approver) || agentAddress() == "" {
 		t.warn(p.Warnings)
 		return t.outcome(p)
 	}
@@ -381,7 +382,8 @@ func (t *tool) login() *cobra.Command {
 	details(c, "An ed25519, ecdsa or FIDO (sk-) key of the agent at SSH_AUTH_SOCK signs a challenge, which must be\n"+
 		"of the context's appliance. The session is stored for the context, in $XDG_RUNTIME_DIR/countersign\n"+
 		"or ~/.local/state/countersign. When the session has ended, the next command signs in again by\n"+
-		"itself, as long as the agent has the key.")
+		"itself, as long as the agent has the key. On Windows, the agent is the service ssh-agent unless\n"+
+		"SSH_AUTH_SOCK is set, and the session is in %LocalAppData%\\countersign.")
 	c.Example = "  countersign admin login ann"
 	return c
 }

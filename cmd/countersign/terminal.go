@@ -74,7 +74,11 @@ func (t *tool) confirms(question string) bool {
 
 // colours reports whether states written to w have colours (https://no-color.org).
 func colours(w io.Writer) bool {
-	return os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" && terminal(w) != nil
+	if os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return false
+	}
+	f := terminal(w)
+	return f != nil && ansi(f)
 }
 
 // The colours of states: SGR parameters of ECMA-48.
