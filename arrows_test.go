@@ -198,6 +198,7 @@ var arrows = map[string]room{
 	"scripts/receiver":           {ours: "internal/webhook"},
 	"softhsm-tests":              {},
 	"monitoring":                 {},
+	"packaging":                  {},
 	"packaging/notices":          {outside: "golang.org/x/mod"},
 	"tpm/tpmtest":                {outside: `github.com/google/go-tpm`},
 	"internal/spectest":          {},

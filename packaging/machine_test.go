@@ -28,7 +28,7 @@ func must[T any](v T, err error) func(testing.TB) T {
 	}
 }
 
-// need fails without a program, whose Debian package make test installs.
+// need fails without a program. make test installs the Debian packages of the programs.
 func need(t testing.TB, programs ...string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -41,7 +41,7 @@ func need(t testing.TB, programs ...string) {
 	}
 }
 
-// missing fails where make test runs, which has installed all that the tests need.
+// missing fails the test under make test, and skips the test otherwise.
 func missing(t testing.TB, what string) {
 	t.Helper()
 	if os.Getenv("REQUIRE_DEVICES") == "1" {
@@ -62,7 +62,7 @@ func output(t testing.TB, env []string, program string, args ...string) string {
 	return string(out)
 }
 
-// machine is a fresh Debian with systemd as its first process, in a container on a disk of its own.
+// machine is a fresh Debian with systemd as the first process, in a container on a disk of its own.
 type machine struct {
 	t      testing.TB
 	root   string // its /, from outside
@@ -72,12 +72,12 @@ type machine struct {
 	log    bytes.Buffer
 }
 
-// rootPackages is what a host of an appliance has before the package comes. openssh-client is for
-// the operator of the tests.
+// rootPackages are the Debian packages of a host before the package comes. openssh-client is
+// for the operator of the tests.
 const rootPackages = "systemd,systemd-sysv,dbus,procps,softhsm2,openssh-client"
 
 // newMachine makes a machine with a disk of some megabytes, and boots it. PACKAGE_ROOT names a tar
-// file that is kept for the next run.
+// file to keep the root in for the next run.
 func newMachine(t testing.TB, megabytes int) *machine {
 	t.Helper()
 	need(t, "mmdebstrap", "systemd-nspawn", "nsenter")
@@ -99,7 +99,7 @@ func newMachine(t testing.TB, megabytes int) *machine {
 }
 
 // boot starts the container, in this machine's network, and waits until systemd has started all.
-// The daemon and its key workers confine themselves by system calls that a container must be given.
+// A container must be given the system calls for the confinement of daemon and key workers.
 func (m *machine) boot() {
 	m.t.Helper()
 	m.nspawn, m.ended = exec.Command("systemd-nspawn", "--quiet", "--directory="+m.root, "--boot", "--register=no",
@@ -173,8 +173,8 @@ func (m *machine) command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// run runs a program in the machine. The result is its output, on stdout and stderr, and its exit
-// status.
+// run runs a program in the machine. The result has the output, on stdout and stderr, and the
+// exit status.
 func (m *machine) run(args ...string) (string, int) {
 	m.t.Helper()
 	return m.runIn(nil, args...)
@@ -192,7 +192,7 @@ func (m *machine) runIn(stdin io.Reader, args ...string) (string, int) {
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
-// must runs a program that must succeed.
+// must is run, and fails the test unless the program succeeds.
 func (m *machine) must(args ...string) string {
 	m.t.Helper()
 	out, code := m.run(args...)
@@ -202,7 +202,7 @@ func (m *machine) must(args ...string) string {
 	return out
 }
 
-// refused runs a program that must fail, and whose output has a text.
+// refused is run, and fails the test unless the program fails with a text in the output.
 func (m *machine) refused(text string, args ...string) {
 	m.t.Helper()
 	if out, code := m.run(args...); code == 0 || !strings.Contains(out, text) {
@@ -210,7 +210,7 @@ func (m *machine) refused(text string, args ...string) {
 	}
 }
 
-// script runs lines of bash as the operator ann, whose SSH agent has her key.
+// script runs lines of bash as the operator ann, with the key in an SSH agent.
 func (m *machine) script(lines string) string {
 	m.t.Helper()
 	return m.must("bash", "-euc", `export COUNTERSIGN_OPERATOR=ann
@@ -244,7 +244,7 @@ func (m *machine) bring(deb string) (path string) {
 	return path
 }
 
-// fill fills the disk of the machine, and returns what frees it.
+// fill fills the disk of the machine. The result frees the disk.
 func (m *machine) fill() (empty func()) {
 	m.t.Helper()
 	path := filepath.Join(m.root, "root/filler")
@@ -260,7 +260,7 @@ func (m *machine) fill() (empty func()) {
 	}
 }
 
-// address is a free port of a loopback address that no other test uses.
+// address is a free port of a loopback address of this test process.
 func address(t testing.TB) string {
 	t.Helper()
 	pid := os.Getpid()

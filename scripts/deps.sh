@@ -45,6 +45,11 @@ if [ "$for" = test ]; then
   need systemd command -v systemd-analyze # for the units of packaging/systemd
   need chromium command -v chromium     # for tests of passkeys in a browser
   need fuse2fs command -v fuse2fs       # for the image of a disk that is searched after a factory reset
+  need git command -v git               # clones for tests of reproducible builds
+  need lintian command -v lintian       # for the Debian packages
+  need mmdebstrap command -v mmdebstrap # a fresh root that a package is installed in
+  need systemd-container command -v systemd-nspawn
+  need qemu-user-static command -v qemu-aarch64-static # runs the tool of arm64
   ((EUID == 0)) || need fuse3 command -v fusermount3 # for FUSE mounts without root
 fi
 

@@ -20,18 +20,18 @@ const Release = "0.2.0"
 // sources, and commit the commit of the sources where the build has no repository to ask.
 var release, commit string
 
-// Build says what built a program, and from what.
+// Build describes the build of a program.
 type Build struct {
 	Program string `json:"program"`
 	Version string `json:"version"`
-	// Commit is the commit of the sources, with +dirty after other changes, or empty where the
-	// build did not know.
+	// Commit is the commit of the sources, with +dirty after other changes, or empty in a build
+	// without a repository.
 	Commit string `json:"commit"`
-	// Formats are the formats that the program reads and writes, by name.
+	// Formats are the formats of the program's files, by name.
 	Formats  map[string]int `json:"formats,omitempty"`
 	Go       string         `json:"go"`
 	Platform string         `json:"platform"`
-	// Settings are those of the Go toolchain that decide the bytes of the program.
+	// Settings are the settings of the Go toolchain for the build.
 	Settings map[string]string `json:"settings"`
 	// Modules are the Go modules in the program, with the sums of go.sum.
 	Modules []Module `json:"modules"`
@@ -44,7 +44,7 @@ type Module struct {
 	Sum     string `json:"sum"`
 }
 
-// ReadBuild returns what built this program.
+// ReadBuild describes the build of this program.
 func ReadBuild(program string, formats map[string]int) Build {
 	b := Build{
 		Program: program, Version: cmp.Or(release, Release), Commit: commit, Formats: formats,
