@@ -67,6 +67,7 @@ type machine struct {
 	t      testing.TB
 	root   string // its /, from outside
 	leader int    // the container's first process, from outside
+	alone  bool   // with a network of its own
 	nspawn *exec.Cmd
 	ended  chan struct{}
 	log    bytes.Buffer
@@ -76,9 +77,10 @@ type machine struct {
 // for the operator of the tests.
 const rootPackages = "systemd,systemd-sysv,dbus,procps,softhsm2,openssh-client"
 
-// newMachine makes a machine with a disk of some megabytes, and boots it. PACKAGE_ROOT names a tar
+// newMachine makes a machine with a disk of some megabytes, and boots the machine: alone, or in the
+// network of this one. PACKAGE_ROOT names a tar
 // file to keep the root in for the next run.
-func newMachine(t testing.TB, megabytes int) *machine {
+func newMachine(t testing.TB, megabytes int, alone bool) *machine {
 	t.Helper()
 	need(t, "mmdebstrap", "systemd-nspawn", "nsenter")
 	tar := os.Getenv("PACKAGE_ROOT")
@@ -89,7 +91,7 @@ func newMachine(t testing.TB, megabytes int) *machine {
 		output(t, nil, "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include="+rootPackages,
 			"bookworm", tar)
 	}
-	m := &machine{t: t, root: t.TempDir()}
+	m := &machine{t: t, root: t.TempDir(), alone: alone}
 	must(0, unix.Mount("tmpfs", m.root, "tmpfs", 0, fmt.Sprintf("size=%dm,mode=0755", megabytes)))(t)
 	t.Cleanup(func() { must(0, unix.Unmount(m.root, unix.MNT_DETACH))(t) })
 	output(t, nil, "tar", "-C", m.root, "-xf", tar)
@@ -98,8 +100,8 @@ func newMachine(t testing.TB, megabytes int) *machine {
 	return m
 }
 
-// boot starts the container, in this machine's network, and waits until systemd has started all.
-// A container must be given the system calls for the confinement of daemon and key workers.
+// boot starts the container, and waits until systemd has started all. A container must be given the
+// system calls for the confinement of daemon and key workers.
 func (m *machine) boot() {
 	m.t.Helper()
 	m.nspawn, m.ended = exec.Command("systemd-nspawn", "--quiet", "--directory="+m.root, "--boot", "--register=no",
@@ -107,6 +109,9 @@ func (m *machine) boot() {
 		"--machine=countersign-test-"+strconv.Itoa(os.Getpid()),
 		"--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self memfd_secret"),
 		make(chan struct{})
+	if m.alone {
+		m.nspawn.Args = append(m.nspawn.Args, "--private-network")
+	}
 	m.log.Reset()
 	pipe := must(m.nspawn.StdinPipe())(m.t)
 	m.nspawn.Stdout, m.nspawn.Stderr = &m.log, &m.log
@@ -168,7 +173,7 @@ func (m *machine) eventually(what string, holds func() bool) {
 // command is a program in the machine, as root.
 func (m *machine) command(args ...string) *exec.Cmd {
 	cmd := exec.Command("nsenter", append([]string{"--target", strconv.Itoa(m.leader), "--mount", "--uts", "--ipc",
-		"--pid", "--root", "--wd"}, args...)...)
+		"--pid", "--net", "--root", "--wd"}, args...)...)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=dumb"}
 	return cmd
 }

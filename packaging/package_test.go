@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -130,7 +131,7 @@ func TestInstall(t *testing.T) {
 		t.Skip("boots a container")
 	}
 	first, second := deb(must(all())(t), cli.Release), deb(must(next())(t), nextVersion)
-	m := newMachine(t, 900)
+	m := newMachine(t, 900, false)
 	ctx := t.Context()
 	listen := address(t)
 	setup := []string{"countersignd", "setup", "--token", "softhsm", "--listen", listen, "--https", "none",
@@ -240,6 +241,13 @@ countersign admin policy reload`, peer.Public()))
 		t.Error("the key is another")
 	}
 
+	// The machine starts again, and the daemon with it.
+	m.stop()
+	m.boot()
+	if _, err := dial(time.Minute).Sign(ctx, "payments", document(1)); err != nil {
+		t.Error(err)
+	}
+
 	// A downgrade.
 	m.refused("COUNTERSIGN_DOWNGRADE=yes", "dpkg", "-i", "/root/"+filepath.Base(first))
 	if got := m.must("countersignd", "version"); !strings.HasPrefix(got, "countersignd "+nextVersion+" (") {
@@ -277,6 +285,69 @@ countersign admin policy reload`, peer.Public()))
 	}
 	if m.has("etc/countersign/countersign.toml") || m.has("var/lib/countersign/ledger.db") {
 		t.Error("after a purge, files are left")
+	}
+
+	// The token of another appliance is left alone.
+	m.must(append(setup, "--no-start")...)
+	noise := m.must("sh", "-c", "countersignd check </dev/null | grep 'key .*noise/1'")
+	m.must("mv", "/var/lib/countersign/ledger.db", "/root/ledger.db")
+	m.refused("does the token belong to another appliance", "countersignd", "setup", "--no-start")
+	m.must("sh", "-c", "rm -f /var/lib/countersign/ledger.db && mv /root/ledger.db /var/lib/countersign/")
+	m.must("countersignd", "setup", "--no-start")
+	if got := m.must("sh", "-c", "countersignd check </dev/null | grep 'key .*noise/1'"); got != noise {
+		t.Errorf("the Noise key was %s and is %s", noise, got)
+	}
+}
+
+// TestSetUpTPM sets up an appliance with a TPM, whose PCR 7 nothing was measured into: the set-up
+// says so, and goes on when the configuration allows that.
+func TestSetUpTPM(t *testing.T) {
+	need(t, "swtpm")
+	m := newMachine(t, 600, true)
+	m.must("apt-get", "install", "-y", "--no-install-recommends", m.bring(deb(must(all())(t), cli.Release)))
+	keys := filepath.Join(m.root, "var/lib/countersign-keys")
+	tpm := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+t.TempDir(), "--server",
+		"type=unixio,path=sock", "--ctrl", "type=unixio,path=ctrl", "--flags", "not-need-init,startup-clear")
+	tpm.Dir = keys // a socket path has at most 107 bytes
+	must(0, tpm.Start())(t)
+	t.Cleanup(func() { tpm.Process.Kill(); tpm.Wait() })
+	m.eventually("the TPM listens", func() bool { return m.has("var/lib/countersign-keys/sock") })
+	m.must("chown", "countersign-keys:", "/var/lib/countersign-keys/sock")
+	m.refused("zero_pcrs", "countersignd", "setup", "--token", "tpm", "--tpm", "/var/lib/countersign-keys/sock",
+		"--operator", "ann")
+	config := "etc/countersign/countersign.toml"
+	m.write(config, m.read(config)+"zero_pcrs = [7]\n")
+	out := m.must("countersignd", "setup", "--operator", "ann")
+	for _, want := range []string{"kept     the configuration", "link     https://localhost:7780/enrol#", "serves "} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the set-up does not say %q:\n%s", want, out)
+		}
+	}
+	m.unitsAreWhole()
+}
+
+// TestDocuments types the commands of README.md and docs/OPERATIONS.md for a fresh machine, each
+// document on a machine without an appliance. The output has what the document says.
+func TestDocuments(t *testing.T) {
+	m := newMachine(t, 600, true)
+	m.bring(deb(must(all())(t), cli.Release))
+	block := regexp.MustCompile("(?m)^    # host\n((?:    .+\n)+)(?:\n```text\n((?s:.*?))```\n)?")
+	for _, path := range []string{"../README.md", "../docs/OPERATIONS.md"} {
+		blocks := block.FindAllStringSubmatch(string(must(os.ReadFile(path))(t)), -1)
+		if len(blocks) == 0 {
+			t.Errorf("%s has no command for a fresh machine", path)
+		}
+		for _, b := range blocks {
+			out := m.must("sh", "-euxc", "cd /root\n"+b[1])
+			for line := range strings.Lines(b[2]) {
+				for part := range strings.SplitSeq(strings.TrimSpace(line), "…") {
+					if !strings.Contains(out, part) {
+						t.Errorf("%s: no %q in the output of\n%s%s", path, part, b[1], out)
+					}
+				}
+			}
+		}
+		m.must("sh", "-c", "COUNTERSIGN_PURGE=delete dpkg --purge countersign")
 	}
 }
 
