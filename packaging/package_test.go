@@ -150,6 +150,10 @@ func TestInstall(t *testing.T) {
 	m.refused("--listen 0.0.0.0:7700: the service lets only this machine in", "countersignd", "setup", "--token",
 		"softhsm", "--listen", "0.0.0.0:7700", "--https", "none")
 	m.refused(`"10.1.0.0/99" is no network`, append(setup, "--allow", "10.1.0.0/99")...)
+	m.refused("admin_https", append(setup, "--https", "192.0.2.1:7780")...)
+	m.refused("these flags make no configuration", append(setup, "--https", "127.0.0.1:0", "--name", "a\x1b[2J")...)
+	m.refused("--ssh-key: stat /nowhere", append(setup, "--ssh-key", "/nowhere")...)
+	m.refused("--needed is for --holder", append(setup, "--needed", "2")...)
 	m.refused("this machine has no TPM there", "countersignd", "setup", "--token", "tpm", "--tpm", "/dev/none")
 	if m.has("etc/countersign/countersign.toml") || m.has("var/lib/countersign-keys/pin") {
 		t.Fatal("a refused set-up has left files")
@@ -261,6 +265,9 @@ countersign admin policy reload`, peer.Public()))
 	if _, err := dial(0).Ping(ctx); err == nil || !m.has("var/lib/countersign/ledger.db") {
 		t.Errorf("after the removal: %v", err)
 	}
+	m.must("dpkg", "-i", path)
+	m.must("apt-get", "remove", "-y", "countersign")
+	m.refused("COUNTERSIGN_DOWNGRADE=yes", "dpkg", "-i", "/root/"+filepath.Base(first))
 	m.must("dpkg", "-i", path)
 	m.must("countersignd", "setup", "--operator", "ann", "--ssh-key", "/root/ann.key.pub")
 	must(dial(0).Sign(ctx, "payments", document(2)))(t)

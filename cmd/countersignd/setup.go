@@ -138,6 +138,9 @@ func (s *settingUp) run(ctx context.Context, given func(flag string) bool, stder
 		if err := s.choose(); err != nil {
 			return err
 		}
+		if _, err := parseConfig(s.path, []byte(s.configuration())); err != nil {
+			return configError{fmt.Errorf("these flags make no configuration: %w", err)}
+		}
 		if err := s.agree(); err != nil {
 			return err
 		}
@@ -180,6 +183,14 @@ func (s *settingUp) look() (err error) {
 		return configError{fmt.Errorf("user %s: %w", daemonUser, err)}
 	}
 	s.group = daemon.gid
+	if err := (&initOptions{holders: s.holders, needed: s.needed}).readHolders(); err != nil {
+		return err
+	}
+	if s.sshKey != "" {
+		if _, err := os.Stat(s.sshKey); err != nil {
+			return configError{fmt.Errorf("--ssh-key: %w", err)}
+		}
+	}
 	for _, folder := range []string{s.folder, stateDir, keysDir} {
 		if _, err := os.Stat(folder); err != nil {
 			return configError{fmt.Errorf("%w: make the folders first (systemd-tmpfiles --create)", err)}
@@ -675,5 +686,6 @@ func (s *settingUp) enrol(ctx context.Context, c Config, stderr io.Writer) error
 		s.say("", "makes the passkey of %s, once, within 30 minutes; from another machine, first type", name)
 		s.say("", "ssh -L %s:%s THIS-MACHINE", port, c.AdminHTTPS)
 	}
+	s.say("next", "/usr/share/doc/countersign/OPERATIONS.md: Signing in, Peers, Keys, Backup")
 	return nil
 }
