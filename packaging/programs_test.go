@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -59,6 +60,11 @@ func TestPrograms(t *testing.T) {
 		if b.Version != cli.Release || b.Settings["-trimpath"] != "true" || len(b.Modules) < 5 ||
 			program == daemon && (b.Formats["ledger"] == 0 || b.Formats["configuration"] == 0) {
 			t.Errorf("%s says %+v", program, b)
+		}
+		formats := fmt.Sprintf("The configuration has format %d, the ledger format %d", b.Formats["configuration"],
+			b.Formats["ledger"])
+		if news := string(must(os.ReadFile("../NEWS.md"))(t)); program == daemon && !strings.Contains(news, formats) {
+			t.Errorf("NEWS.md does not say: %s", formats)
 		}
 		for _, m := range b.Modules {
 			if !strings.Contains(sums, m.Path+" "+m.Version+" "+m.Sum+"\n") {

@@ -184,7 +184,7 @@ func (b *brokenInto) do(fields ...any) string {
 // other socket and no other process. The launcher starts what it knows only.
 func TestBrokenIntoDaemon(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "countersignd")
-	build := exec.Command("go", "build", "-tags", "breakin", "-o", program, "../cmd/countersignd")
+	build := exec.Command("go", "build", "-tags", "breakin,"+tags, "-o", program, "../cmd/countersignd")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}

@@ -475,10 +475,10 @@ const outwardHosts = "127.0.0.1 mail.example.test logs.example.test siem.example
 	"collector.example.test\n"
 
 // TestConfinedReachesOut has a confined daemon reach a server for each thing that it sends, by
-// address and by name: mail, syslog, webhooks and traces. Go's resolver and that of the C library
-// ask a file and a name server, by UDP and by TCP. Then the files of authorities, of the password
-// and of the token, and resolv.conf are replaced, and all is reached again. A password that others
-// can read is refused.
+// address and by name: mail, syslog, webhooks and traces. Go's resolver asks a file and a name
+// server, by UDP and by TCP, also where nsswitch.conf names a source that only the C library knows.
+// Then the files of authorities, of the password and of the token, and resolv.conf are replaced,
+// and all is reached again. A password that others can read is refused.
 func TestConfinedReachesOut(t *testing.T) {
 	s := newSystem(t)
 	mkdir(t, s.path("outward"))
@@ -493,16 +493,13 @@ func TestConfinedReachesOut(t *testing.T) {
 		line     string // of nsswitch.conf; "": by address
 		hosts    string
 		overTCP  bool
-		library  bool // the C library resolves, since Go does not know a source of the line
 	}{
-		{"address, STARTTLS", false, "", "", false, false},
-		{"address, implicit TLS", true, "", "", false, false},
-		{"hosts", false, "files dns", outwardHosts, false, false},
-		{"UDP", true, "files dns", "", false, false},
-		{"TCP", false, "files dns", "", true, false},
-		{"hosts, C library", true, "files resolve [!UNAVAIL=return] dns", outwardHosts, false, true},
-		{"UDP, C library", false, "files resolve [!UNAVAIL=return] dns", "", false, true},
-		{"TCP, C library", true, "files resolve [!UNAVAIL=return] dns", "", true, true},
+		{"address, STARTTLS", false, "", "", false},
+		{"address, implicit TLS", true, "", "", false},
+		{"hosts", false, "files dns", outwardHosts, false},
+		{"hosts, systemd-resolved", true, "files resolve [!UNAVAIL=return] dns", outwardHosts, false},
+		{"UDP, systemd-resolved", false, "files resolve [!UNAVAIL=return] dns", "", false},
+		{"TCP", true, "files dns", "", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s.t = t // errors belong to this test
@@ -557,11 +554,10 @@ func TestConfinedReachesOut(t *testing.T) {
 					t.Errorf("the name server was asked %d times by UDP and %d times by TCP", udp, tcp)
 				}
 			}
-			if c.line != "" {
-				order := "hostLookupOrder(mail." + domain + ") = cgo"
-				if strings.Contains(p.stderr.String(), order) != c.library {
-					t.Errorf("the resolver is not the expected one: %q in the log: want %v", order, c.library)
-				}
+			const library = ") = cgo"
+			log := p.stderr.String()
+			if strings.Contains(log, library) || c.line != "" && !strings.Contains(log, ") = ") {
+				t.Errorf("the C library resolves, or nobody:\n%s", log)
 			}
 		})
 	}

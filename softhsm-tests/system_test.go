@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 		defer os.RemoveAll(dir)
 		bin = dir
 		for name, cgo := range map[string]string{"countersignd": "1", "countersign": "0"} {
-			args := []string{"build", "-o", filepath.Join(dir, name)}
+			args := []string{"build", "-tags=" + tags, "-o", filepath.Join(dir, name)}
 			if cgo == "1" && os.Getenv("RACE") == "1" {
 				args = append(args, "-race")
 			}
@@ -64,6 +64,9 @@ func TestMain(m *testing.M) {
 		return scantest.Run(m)
 	}())
 }
+
+// tags are those of scripts/build.sh for the daemon.
+const tags = "netgo,osusergo"
 
 // traceCalls puts strace before a program, if there is a folder for what strace writes. See
 // scripts/calls.sh.
