@@ -154,6 +154,8 @@ func TestInstall(t *testing.T) {
 	m.refused("these flags make no configuration", append(setup, "--https", "127.0.0.1:0", "--name", "a\x1b[2J")...)
 	m.refused("--ssh-key: stat /nowhere", append(setup, "--ssh-key", "/nowhere")...)
 	m.refused("--needed is for --holder", append(setup, "--needed", "2")...)
+	m.refused("leave --config out", append(setup, "--config", "/etc/countersign/other.toml")...)
+	m.refused("name the module by its whole path", "countersignd", "setup", "--token", "pkcs11", "--module", "lib.so")
 	m.refused("this machine has no TPM there", "countersignd", "setup", "--token", "tpm", "--tpm", "/dev/none")
 	if m.has("etc/countersign/countersign.toml") || m.has("var/lib/countersign-keys/pin") {
 		t.Fatal("a refused set-up has left files")

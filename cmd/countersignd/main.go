@@ -45,6 +45,9 @@ func main() {
 	os.Exit(code)
 }
 
+// defaultConfig is the configuration that the units read.
+const defaultConfig = "/etc/countersign/countersign.toml"
+
 // lastLines is the time for the last lines of stderr, which a reader may not read.
 const lastLines = 2 * time.Second
 
@@ -72,7 +75,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.PersistentFlags().StringVar(&configPath, "config", "/etc/countersign/countersign.toml",
+	root.PersistentFlags().StringVar(&configPath, "config", defaultConfig,
 		"the configuration file (TOML)")
 	root.SetArgs(args)
 	root.SetOut(stdout)

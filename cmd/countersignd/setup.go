@@ -174,6 +174,10 @@ func (s *settingUp) look() (err error) {
 	if s.path, err = filepath.Abs(s.path); err != nil {
 		return err
 	}
+	if s.path != defaultConfig && !s.noStart {
+		return configError{fmt.Errorf("the services read %s: leave --config out, or set up with --no-start",
+			defaultConfig)}
+	}
 	s.folder = filepath.Dir(s.path)
 	if s.keys, err = lookUp(keysUser); err != nil {
 		return configError{fmt.Errorf("user %s: %w", keysUser, err)}
@@ -226,8 +230,8 @@ func (s *settingUp) choose() error {
 	case "pkcs11":
 		s.module = cmp.Or(s.module, s.question("Path of the PKCS#11 module", ""))
 		s.uri = cmp.Or(s.uri, s.question("URI of the token", "pkcs11:token=countersign"))
-		if _, err := os.Stat(s.module); err != nil {
-			return configError{fmt.Errorf("--module: %w", err)}
+		if !filepath.IsAbs(s.module) || !exists(s.module) {
+			return configError{fmt.Errorf("--module: there is no file %q: name the module by its whole path", s.module)}
 		}
 		if s.pinFile == "" && s.ask == nil && !exists(s.pinPath()) {
 			return configError{errors.New("--pin-file is missing: a file that only root can read, with the user's PIN")}
