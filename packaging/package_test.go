@@ -335,6 +335,30 @@ func TestSetUpTPM(t *testing.T) {
 	m.unitsAreWhole()
 }
 
+// TestSetUpHSM sets up an appliance with a token that was made before, and a PIN from a file.
+func TestSetUpHSM(t *testing.T) {
+	m := newMachine(t, 600, true)
+	m.must("apt-get", "install", "-y", "--no-install-recommends", m.bring(deb(must(all())(t), cli.Release)))
+	m.must("bash", "-euc", `cd /var/lib/countersign-keys
+mkdir -m 0700 tokens
+echo "directories.tokendir = $PWD/tokens" >/etc/softhsm/softhsm2.conf
+chmod -R a+rX /etc/softhsm
+softhsm2-util --init-token --free --label prod --pin 0123-test --so-pin 4567-test
+chown -R countersign-keys: tokens
+echo 0123-test >/root/pin`)
+	setup := []string{"countersignd", "setup", "--token", "pkcs11", "--module", "/usr/lib/softhsm/libsofthsm2.so",
+		"--uri", "pkcs11:token=prod", "--operator", "ann"}
+	m.refused("--pin-file is missing", setup...)
+	setup = append(setup, "--pin-file", "/root/pin")
+	m.refused("chmod 600", setup...)
+	m.must("chmod", "600", "/root/pin")
+	if out := m.must(setup...); strings.Contains(out, "0123-test") || strings.Contains(out, "created the token") ||
+		!strings.Contains(out, "link     https://") {
+		t.Errorf("the set-up says:\n%s", out)
+	}
+	m.unitsAreWhole()
+}
+
 // TestDocuments types the commands of README.md and docs/OPERATIONS.md for a fresh machine, each
 // document on a machine without an appliance. The output has what the document says.
 func TestDocuments(t *testing.T) {

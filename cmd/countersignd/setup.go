@@ -242,12 +242,15 @@ func (s *settingUp) choose() error {
 	if s.https == "none" {
 		s.https = ""
 	}
+	if err := s.networks(); err != nil {
+		return err
+	}
 	for flag, address := range map[string]string{"listen": s.listen, "listen-pubky": s.pubky, "https": s.https} {
 		if err := free(address); err != nil {
 			return configError{fmt.Errorf("--%s: %w", flag, err)}
 		}
 	}
-	return s.networks()
+	return nil
 }
 
 // found says which kinds of token this machine seems to have.
