@@ -368,9 +368,11 @@ func (s *settingUp) write() error {
 			return err
 		}
 		tokens := filepath.Join(keysDir, "tokens")
-		if err := os.Mkdir(tokens, 0o700); err == nil {
+		err := os.Mkdir(tokens, 0o700)
+		if err == nil {
 			err = os.Lchown(tokens, s.keys.uid, s.keys.gid)
-		} else if !errors.Is(err, fs.ErrExist) {
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 		if err := s.put(s.softHSMConf(), "directories.tokendir = "+tokens+"\nlog.level = ERROR\n"); err != nil {
