@@ -127,9 +127,6 @@ func TestSame(t *testing.T) {
 // Each mistake on the way is refused with advice, and loses nothing. Then come an upgrade under
 // load, a downgrade, a removal and a purge.
 func TestInstall(t *testing.T) {
-	if testing.Short() {
-		t.Skip("boots a container")
-	}
 	first, second := deb(must(all())(t), cli.Release), deb(must(next())(t), nextVersion)
 	m := newMachine(t, 900, false)
 	ctx := t.Context()

@@ -111,7 +111,7 @@ func TestCopyright(t *testing.T) {
 		"\nFiles: *\nCopyright: the owner of Countersign\nLicense: to-be-chosen\n The licence of Countersign is",
 		"\nFiles: vendor/example.org/fake/*\nCopyright:\n Copyright (c) 2026 Somebody\n Copyright 2020 Others\n" +
 			" Copyright 2021 One. All rights reserved.\nLicense: MIT~3\nComment:\n example.org/fake v1.0.0, MIT\n" +
-			" Source: https://proxy.golang.org/example.org/fake/@v/v1.0.0.zip\n LICENSE has MIT~3.\n" +
+			" Source: go mod download example.org/fake@v1.0.0\n LICENSE has MIT~3.\n" +
 			" .\n NOTICE:\n .\n Copyright 2020 Others\n .\n \tThanks.\n",
 		"\n\nLicense: MIT~3\n " + strings.ReplaceAll(strings.ReplaceAll(body, "\n\n", "\n.\n"), "\n", "\n ") + "\n",
 	} {

@@ -5,7 +5,6 @@ import (
 	"debug/buildinfo"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -25,7 +24,7 @@ type part struct {
 	name, version string
 	ref           string // in the SBOM
 	place         string // its folder in the source tree, as the copyright file names it
-	source        string // where anyone gets its source
+	source        string // how anyone gets its source: a command, or an address
 	root          string
 	files         map[string]bool // licences, and code that may have a licence in a comment
 	sum           []byte          // SHA-512, of an npm package only
@@ -146,10 +145,8 @@ func goPart(name, version, root string) (*part, error) {
 		p.place, p.source = "go", "https://go.dev/dl/"+version+".src.tar.gz"
 		return p, nil
 	}
-	escaped, err := module.EscapePath(name)
-	number, err2 := module.EscapeVersion(version)
-	p.source = "https://proxy.golang.org/" + escaped + "/@v/" + number + ".zip"
-	return p, errors.Join(err, err2)
+	p.source = "go mod download " + name + "@" + version
+	return p, module.Check(name, version)
 }
 
 // npmParts lists the packages that the console needs, and the refs of those it names itself. The
@@ -203,7 +200,7 @@ func npmPart(at, name, version, integrity string) (*part, error) {
 	p := &part{
 		name: name, version: version, ref: "pkg:npm/" + strings.Replace(name, "@", "%40", 1) + "@" + version,
 		place: console + "/" + at, root: filepath.Join(console, at), files: map[string]bool{},
-		source: "https://registry.npmjs.org/" + name + "/-/" + path.Base(name) + "-" + version + ".tgz",
+		source: "npm pack " + name + "@" + version,
 	}
 	var err error
 	if p.sum, err = base64.StdEncoding.DecodeString(strings.TrimPrefix(integrity, "sha512-")); err != nil {
