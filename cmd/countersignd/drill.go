@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/base32"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -70,7 +69,6 @@ const (
 	spareNonces   = 1000      // for what the scratch appliance does itself
 	spareRoom     = 256 << 20 // bytes that stay free on the disk of the scratch folder
 	scratchFolder = "countersign-drill"
-	scratchModule = "/usr/lib/softhsm/libsofthsm2.so"
 )
 
 // drill is countersignd drill.
@@ -232,11 +230,7 @@ func (d drilling) writeScratch(c Config, path string) error {
 	}
 	at := func(name string) string { return filepath.Join(d.folder, name) }
 	in := func(name string) string { return filepath.Join(d.tokens, name) }
-	secret := func() []byte {
-		b := make([]byte, 20)
-		rand.Read(b)
-		return []byte(base32.StdEncoding.EncodeToString(b) + "\n")
-	}
+	secret := func() []byte { return append(randomPIN().Expose(), '\n') }
 	var text strings.Builder
 	fmt.Fprintf(&text, "listen = \"127.0.0.1:1\"\nadmin_socket = %q\nledger = %q\npolicy = %q\nhistory = \"none\"\n"+
 		"noise_token = %q\nlog_token = %q\nrollback_token = \"none\"\nunattended_start = true\n",
@@ -250,7 +244,7 @@ func (d drilling) writeScratch(c Config, path string) error {
 	err := os.Mkdir(in("tokens"), 0o700)
 	for path, content := range map[string][]byte{
 		at("countersign.toml"): []byte(text.String()), in("pin"): secret(), in("so-pin"): secret(),
-		in("softhsm2.conf"): fmt.Appendf(nil, "directories.tokendir = %s\nlog.level = ERROR\n", in("tokens")),
+		in("softhsm2.conf"): []byte(softHSMConfig(in("tokens"))),
 	} {
 		err = errors.Join(err, os.WriteFile(path, content, 0o600))
 	}

@@ -278,7 +278,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	drillCmd.Flags().StringVar(&drills.file, "backup", "", "the backup (default: the newest one in the folder)")
 	drillCmd.Flags().StringVar(&drills.scratch, "scratch", "",
 		"the folder for the scratch folder, with room for the backup three times (default: TMPDIR)")
-	drillCmd.Flags().StringVar(&drills.module, "module", scratchModule, "the PKCS#11 module of the scratch tokens")
+	drillCmd.Flags().StringVar(&drills.module, "module", softHSMModule, "the PKCS#11 module of the scratch tokens")
 	drillCmd.Flags().StringVar(&drills.appliance, "appliance", "",
 		"the name of the appliance, such as countersign/14fc9972b63bcc40, where the folder has backups of several")
 	drillCmd.Flags().BoolVar(&drills.filesOnly, "files-only", false, "start no appliance on scratch tokens")

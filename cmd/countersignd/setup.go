@@ -5,8 +5,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -38,11 +36,8 @@ const (
 	unitsDir   = "/etc/systemd/system"
 )
 
-// softHSMModule is where Debian's package softhsm2 has its module, and tpmDevice the kernel's TPM.
-const (
-	softHSMModule = "/usr/lib/softhsm/libsofthsm2.so"
-	tpmDevice     = "/dev/tpmrm0"
-)
+// tpmDevice is the kernel's TPM.
+const tpmDevice = "/dev/tpmrm0"
 
 // setupOptions are the flags of countersignd setup.
 type setupOptions struct {
@@ -364,18 +359,15 @@ func (s *settingUp) write() error {
 		}
 	}
 	if s.token == "softhsm" {
-		if err := s.writePIN(filepath.Join(keysDir, "so-pin"), randomPIN); err != nil {
-			return err
-		}
 		tokens := filepath.Join(keysDir, "tokens")
-		err := os.Mkdir(tokens, 0o700)
-		if err == nil {
-			err = os.Lchown(tokens, s.keys.uid, s.keys.gid)
-		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
+		random := func() (secret.Bytes, error) { return randomPIN(), nil }
+		if err := s.writePIN(filepath.Join(keysDir, "so-pin"), random); err != nil {
 			return err
 		}
-		if err := s.put(s.softHSMConf(), "directories.tokendir = "+tokens+"\nlog.level = ERROR\n"); err != nil {
+		if err := s.keysFolder(tokens); err != nil {
+			return err
+		}
+		if err := s.put(s.softHSMConf(), softHSMConfig(tokens)); err != nil {
 			return err
 		}
 	}
@@ -386,6 +378,19 @@ func (s *settingUp) write() error {
 		return err
 	}
 	return s.put(s.path, s.configuration())
+}
+
+// keysFolder makes a folder of the key workers, unless the folder is there.
+func (s *settingUp) keysFolder(path string) error {
+	if exists(path) {
+		return nil
+	}
+	folder, err := os.MkdirTemp(keysDir, ".new-*") // the owner comes before the name
+	if err != nil {
+		return err
+	}
+	defer os.Remove(folder)
+	return errors.Join(os.Lchown(folder, s.keys.uid, s.keys.gid), os.Rename(folder, path), durable.Sync(keysDir))
 }
 
 // writePIN makes a file with a secret of the key workers, unless the file is there.
@@ -413,8 +418,9 @@ func (s *settingUp) writePIN(path string, read func() (secret.Bytes, error)) err
 		return err
 	}
 	defer os.Remove(f.Name())
-	_, err = f.Write(append(pin.Expose(), '\n'))
-	if err := errors.Join(err, f.Chown(s.keys.uid, s.keys.gid), f.Sync(), f.Close()); err != nil {
+	_, err = f.Write(pin.Expose())
+	_, err2 := f.WriteString("\n")
+	if err := errors.Join(err, err2, f.Chown(s.keys.uid, s.keys.gid), f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	if err := errors.Join(os.Link(f.Name(), path), durable.Sync(keysDir)); err != nil {
@@ -424,20 +430,10 @@ func (s *settingUp) writePIN(path string, read func() (secret.Bytes, error)) err
 	return nil
 }
 
-// randomPIN is a PIN that nobody needs to know.
-func randomPIN() (secret.Bytes, error) {
-	b := make([]byte, 16)
-	defer clear(b)
-	if _, err := rand.Read(b); err != nil {
-		return secret.Bytes{}, err
-	}
-	return secret.New(hex.AppendEncode(nil, b)), nil
-}
-
 // readPIN gets the PIN: SoftHSM's is made, and an HSM's comes from a file or from the terminal.
 func (s *settingUp) readPIN() (secret.Bytes, error) {
 	if s.token == "softhsm" {
-		return randomPIN()
+		return randomPIN(), nil
 	}
 	if s.pinFile != "" {
 		pin, err := keystore.ReadSecret(s.pinFile, "--pin-file")
@@ -648,7 +644,8 @@ func (s *settingUp) start(ctx context.Context) error {
 			return nil
 		case state == "failed" || err != nil:
 			return fmt.Errorf("countersignd.service is not ready (%s): systemctl status countersignd and journalctl "+
-				"-u countersignd say why; remove the cause, then type countersignd setup again", cmp.Or(status, state))
+				"-u countersignd say why; remove the cause, then type countersignd setup again",
+				cmp.Or(status, state, told))
 		case status != told:
 			told = status
 			s.say("waits", "%s", status)

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +27,7 @@ import (
 	"countersign/internal/launcher"
 	"countersign/internal/sandbox"
 	"countersign/internal/scrub"
+	"countersign/internal/secret"
 	"countersign/tpm"
 
 	"golang.org/x/sys/unix"
@@ -311,4 +314,20 @@ func closeTokens(all map[string]keystore.Store, log *slog.Logger) {
 			log.Error("close a token", "token", name, "err", err)
 		}
 	}
+}
+
+// softHSMModule is the module of Debian's package softhsm2.
+const softHSMModule = "/usr/lib/softhsm/libsofthsm2.so"
+
+// softHSMConfig is a softhsm2.conf with the tokens in a folder.
+func softHSMConfig(tokens string) string {
+	return "directories.tokendir = " + tokens + "\nlog.level = ERROR\n"
+}
+
+// randomPIN is a PIN that nobody needs to know.
+func randomPIN() secret.Bytes {
+	b := make([]byte, 16)
+	defer clear(b)
+	rand.Read(b)
+	return secret.New(hex.AppendEncode(nil, b))
 }
