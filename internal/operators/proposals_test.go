@@ -221,12 +221,20 @@ func TestHangingActIsInterrupted(t *testing.T) {
 
 func TestCallerLeaves(t *testing.T) {
 	r := newRig(t, 1)
-	hang := make(chan struct{})
+	began, hang := make(chan struct{}), make(chan struct{})
 	ctx, leave := context.WithCancel(t.Context())
-	r.effect = func(ctx context.Context, _ audit.Actor) error { leave(); <-hang; return ctx.Err() }
+	r.effect = func(ctx context.Context, _ audit.Actor) error { close(began); <-hang; return ctx.Err() }
 	s, _ := r.signIn(t, r.people[0], root)
 	p := r.propose(t, s, "test")
-	if _, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text())); err != nil {
+	left := make(chan error)
+	go func() {
+		_, err := r.Approve(ctx, s, p.ID, r.people[0].sign(t, p.Text()))
+		left <- err
+	}()
+	<-began
+	r.propose(t, s, "test") // waits until the caller has seen the commit, and waits for the act alone
+	leave()
+	if err := <-left; err != nil {
 		t.Fatal(err)
 	}
 	// Other requests are served while the act runs.
