@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"countersign/internal/keystore"
@@ -38,6 +39,11 @@ const approvalSuffix = ".approval.json"
 // Approve signs a state. registers has the values of registers 0 to 23 of a bank by index. key is
 // an ECDSA key on P-256.
 func Approve(key crypto.Signer, bank Bank, registers map[uint][]byte) (a Approval, err error) {
+	return approve(key, bank, registers, nil)
+}
+
+// approve signs a state for uses with a policyRef only.
+func approve(key crypto.Signer, bank Bank, registers map[uint][]byte, ref []byte) (a Approval, err error) {
 	if err := bank.Check(); err != nil {
 		return a, fmt.Errorf("tpm: PCR bank: %w", err)
 	}
@@ -57,7 +63,7 @@ func Approve(key crypto.Signer, bank Bank, registers map[uint][]byte) (a Approva
 	if public, ok := key.Public().(*ecdsa.PublicKey); !ok || public.Curve != elliptic.P256() {
 		return a, fmt.Errorf("tpm: the key that approves states must be an ECDSA key on P-256")
 	}
-	digest, err := a.digest()
+	digest, err := a.digest(ref)
 	if err != nil {
 		return a, err
 	}
@@ -70,13 +76,13 @@ func (a Approval) policy() (tpm2.TPM2BDigest, error) {
 	return sealed{Bank: a.Bank, PCRs: a.PCRs}.policy()
 }
 
-// digest returns the signed digest: SHA-256 of the policy's digest and an empty policyRef.
-func (a Approval) digest() ([]byte, error) {
+// digest returns the signed digest: SHA-256 of the policy's digest and the policyRef.
+func (a Approval) digest(ref []byte) ([]byte, error) {
 	policy, err := a.policy()
 	if err != nil {
 		return nil, err
 	}
-	h := sha256.Sum256(policy.Buffer)
+	h := sha256.Sum256(slices.Concat(policy.Buffer, ref))
 	return h[:], nil
 }
 
@@ -144,22 +150,28 @@ func (d sealed) authorize(t transport.TPM, session tpm2.TPMHandle) error {
 			"have the state approved (countersignd approve-state), or find out why it has changed",
 			keystore.ErrSealed, len(d.approvals), strings.Join(values, ", "))
 	}
-	policy, err := approval.policy()
+	return approval.authorize(t, session, d.Approver, nil)
+}
+
+// authorize has the TPM check the approver's signature, and replaces the policy of the session by
+// PolicyAuthorize.
+func (a Approval) authorize(t transport.TPM, session tpm2.TPMHandle, approver, ref []byte) error {
+	policy, err := a.policy()
 	if err != nil {
 		return err
 	}
-	digest, err := approval.digest()
+	digest, err := a.digest(ref)
 	if err != nil {
 		return err
 	}
 	var rs struct{ R, S *big.Int }
 	inRange := func(n *big.Int) bool { return n.Sign() > 0 && n.BitLen() <= 256 }
-	rest, err := asn1.Unmarshal(approval.Signature, &rs)
+	rest, err := asn1.Unmarshal(a.Signature, &rs)
 	if err != nil || len(rest) > 0 || !inRange(rs.R) || !inRange(rs.S) {
 		return fmt.Errorf("tpm: %w: the approval's signature is damaged", keystore.ErrSealed)
 	}
 	external, err := tpm2.LoadExternal{
-		InPublic: tpm2.New2B(approverOf(d.Approver)), Hierarchy: tpm2.TPMRHOwner,
+		InPublic: tpm2.New2B(approverOf(approver)), Hierarchy: tpm2.TPMRHOwner,
 	}.Execute(t)
 	if err != nil {
 		return deviceError("TPM2_LoadExternal", err)
@@ -180,7 +192,8 @@ func (d sealed) authorize(t transport.TPM, session tpm2.TPMHandle) error {
 			keystore.ErrSealed, err)
 	}
 	_, err = tpm2.PolicyAuthorize{
-		PolicySession: session, ApprovedPolicy: policy, KeySign: external.Name, CheckTicket: verified.Validation,
+		PolicySession: session, ApprovedPolicy: policy, PolicyRef: tpm2.TPM2BDigest{Buffer: ref},
+		KeySign: external.Name, CheckTicket: verified.Validation,
 	}.Execute(t)
 	if err != nil {
 		return deviceError("TPM2_PolicyAuthorize", err)
