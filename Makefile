@@ -4,7 +4,7 @@ export REQUIRE_DEVICES = 1
 # need the package.
 export GOEXPERIMENT = runtimesecret
 
-.PHONY: build demo run test package install soak bench fuzz screenshots clean deps
+.PHONY: build demo run test package install image test-image soak bench fuzz screenshots clean deps
 
 build:
 	@scripts/deps.sh build
@@ -31,6 +31,16 @@ package:
 # make install DESTDIR=/tmp/root: what the package has, for those who package otherwise. make build comes before.
 install:
 	@scripts/install.sh "$(DESTDIR)"
+
+# The image that boots into the appliance, in dist/. KEYS=FOLDER VARIANT=vm|rack SETTINGS=FILE; see scripts/image.sh.
+image:
+	@scripts/deps.sh image
+	@scripts/image.sh
+
+# The tests of the image, with all that boot it many times: half an hour and more. make test has the short ones.
+test-image: deps
+	@scripts/console.sh
+	IMAGE=1 go test -count=1 -timeout 3h -v ./image
 
 # SOAK=2h make soak: two hours of everything at once. Each soak prints a seed, which SOAK_SEED repeats.
 SOAK ?= 30m

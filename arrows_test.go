@@ -29,8 +29,8 @@ var arrows = map[string]room{
 			internal/journal internal/keyring internal/keystore internal/keystore/worker internal/launcher
 			internal/ledger
 			internal/logline internal/logqueue internal/mail internal/manage internal/meter
-			internal/mirror internal/operators internal/recipient internal/resource internal/sandbox
-			internal/schedule internal/scrub
+			internal/machine internal/mirror internal/operators internal/recipient internal/resource
+			internal/sandbox internal/schedule internal/scrub
 			internal/secret internal/sink internal/trace internal/webhook noise policy tpm`,
 		outside: `github.com/coreos/go-systemd/v22 github.com/pelletier/go-toml/v2
 			github.com/spf13/cobra golang.org/x/sys golang.org/x/term`,
@@ -38,17 +38,31 @@ var arrows = map[string]room{
 	"cmd/countersign": {
 		ours: `admin/api approval audit client internal/cli internal/durable internal/escrow internal/form
 			internal/ijson internal/journal internal/keystore internal/ownfile internal/recipient
-			internal/sshagent policy transcript`,
+			internal/sshagent internal/update policy transcript`,
 		outside: "github.com/rogpeppe/go-internal/diff github.com/spf13/cobra github.com/spf13/pflag " +
 			"golang.org/x/crypto/ssh golang.org/x/sys/windows golang.org/x/term",
 	},
+	// The machine that was booted from the image, and what makes the image.
+	"cmd/countersign-machine": {
+		ours:    "admin/api approval internal/cli internal/machine/agent internal/manage",
+		outside: "github.com/spf13/cobra",
+	},
+	"internal/machine": {ours: "internal/manage internal/secret internal/update"},
+	"internal/machine/agent": {
+		ours: "internal/cli internal/durable internal/machine internal/manage internal/secret internal/update tpm",
+		outside: "github.com/pelletier/go-toml/v2 github.com/tyler-smith/go-bip39 golang.org/x/mod " +
+			"golang.org/x/sys",
+	},
+	"internal/update": {ours: "approval"},
+	"image":           {ours: "internal/durable internal/machine tpm"},
+	"image/build":     {ours: "image internal/update", outside: "github.com/spf13/cobra"},
 	// The edge for operators.
 	"admin": {
 		ours: `admin/api admin/certs admin/console appliance approval audit internal/alert
 			internal/anchor internal/cause internal/escrow internal/history internal/ijson internal/keyring
-			internal/keystore internal/ledger internal/logline internal/manage internal/meter
+			internal/keystore internal/ledger internal/logline internal/machine internal/manage internal/meter
 			internal/operators internal/peers internal/requestid internal/schedule
-			internal/secret internal/sink internal/webhook policy wire`,
+			internal/secret internal/sink internal/update internal/webhook policy wire`,
 		outside: "github.com/danielgtaylor/huma/v2 github.com/labstack/echo/v4 golang.org/x/net/netutil",
 	},
 	"admin/certs":   {ours: "internal/keystore"},

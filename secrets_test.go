@@ -57,6 +57,7 @@ var plainSecrets = map[string]string{
 	"tpm sealContent seed":                     "in a function that erases its memory (secret.Do)",
 	"tpm openSeal seed":                        "in a function that erases its memory (secret.Do)",
 	"internal/escrow Envelope Seed":            "encrypted to the key of the envelope (age)",
+	"tpm VolumeKey Private":                    "encrypted by the TPM (TPM2B_PRIVATE)",
 	"tpm sealed Private":                       "encrypted by the TPM (TPM2B_PRIVATE)",
 }
 

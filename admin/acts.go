@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"countersign/approval"
 	"countersign/audit"
 	"countersign/internal/ijson"
+	"countersign/internal/machine"
 	"countersign/internal/manage"
 	"countersign/internal/operators"
 	"countersign/internal/peers"
@@ -32,12 +34,15 @@ type prepare func(a *appliance.Appliance, p parameters, content []byte) (paramet
 // warn returns the doubts about a proposed act that prepare has accepted.
 type warn func(a *appliance.Appliance, p parameters, content []byte) []string
 
-// acts are the acts that need an approved proposal, except the acts on operators, which package
-// operators has. approval.Proposers has the roles of the proposers.
-var acts = map[string]struct {
+// act is an act that needs an approved proposal.
+type act struct {
 	prepare
 	warn // nil: nothing to warn of
-}{
+}
+
+// acts are the acts that need an approved proposal, except the acts on operators, which package
+// operators has. approval.Proposers has the roles of the proposers.
+var acts = map[string]act{
 	approval.ActPeerAdd:          {addPeer, warnAddPeer},
 	approval.ActPeerKeyAdd:       {addPeerKey, nil},
 	approval.ActPolicyActivate:   {activate, warnActivate},
@@ -58,9 +63,13 @@ var acts = map[string]struct {
 
 // Acts returns the acts for operators.Open. An act is validated at the proposal, so that operators
 // do not approve an impossible act, and again before the execution.
-func Acts(a *appliance.Appliance) map[string]operators.Act {
+//
+// m is nil for an appliance that was not booted from the image.
+func Acts(a *appliance.Appliance, m *machine.Client) map[string]operators.Act {
 	all := map[string]operators.Act{}
-	for name, act := range acts {
+	every := maps.Clone(acts)
+	maps.Copy(every, machineActs(m))
+	for name, act := range every {
 		each := operators.Act{
 			Roles: approval.Proposers(name),
 			Check: func(p parameters, content []byte) (parameters, error) {

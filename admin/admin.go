@@ -33,6 +33,7 @@ import (
 	"countersign/internal/keystore"
 	"countersign/internal/ledger"
 	"countersign/internal/logline"
+	"countersign/internal/machine"
 	"countersign/internal/manage"
 	"countersign/internal/meter"
 	"countersign/internal/operators"
@@ -72,7 +73,8 @@ type Config struct {
 	// root and the daemon's user may use the socket.
 	Group string
 
-	KeyWorkers KeyWorkers // part of the state
+	KeyWorkers KeyWorkers      // part of the state
+	Machine    *machine.Client // nil: the appliance was not booted from the image
 	// Certificates, and the fields below, are for HTTPS. Without Certificates there is no HTTPS.
 	Certificates *certs.Manager
 	Hosts        []string // accepted Host headers, for example localhost:7780

@@ -130,7 +130,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	tcp.Close()
 	r.url = "https://localhost:" + port
 	if r.registry, err = operators.Open(l, operators.Config{
-		Appliance: "test", RPID: "localhost", Origin: r.url, Acts: Acts(r.app), Log: log,
+		Appliance: "test", RPID: "localhost", Origin: r.url, Acts: Acts(r.app, nil), Log: log,
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +156,7 @@ func newRigIn(t *testing.T, state string) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	https, err := ListenTLS(address, certs)
+	https, err := ListenTLS(address, nil, certs)
 	if err != nil {
 		t.Fatal(err)
 	}

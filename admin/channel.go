@@ -216,10 +216,11 @@ func CheckSocket(path, group string) error {
 // The Unix socket has no maximum, because its mode keeps strangers out.
 const maxConnections = 256
 
-// ListenTLS listens on a loopback address, with TLS 1.3. ListenTLS refuses other addresses, and the
-// listener refuses older versions of TLS.
-func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
-	l, err := listenLoopback("admin HTTPS", address, maxConnections)
+// ListenTLS listens with TLS 1.3, and refuses older versions. Without networks, ListenTLS refuses
+// all but a loopback address. With networks, the listener closes each connection from elsewhere
+// before a byte is read; loopback is one of them always.
+func ListenTLS(address string, networks []netip.Prefix, c *certs.Manager) (net.Listener, error) {
+	l, err := listenFrom("admin HTTPS", address, networks, maxConnections)
 	if err != nil {
 		return nil, err
 	}
@@ -228,13 +229,13 @@ func ListenTLS(address string, c *certs.Manager) (net.Listener, error) {
 	return tls.NewListener(l, config), nil
 }
 
-// listenLoopback listens on a loopback address, for a number of connections at a time.
-func listenLoopback(what, address string, connections int) (net.Listener, error) {
+// listenFrom listens for a number of connections at a time, on loopback or for some networks.
+func listenFrom(what, address string, networks []netip.Prefix, connections int) (net.Listener, error) {
 	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
-	if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
+	if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() && len(networks) == 0 {
 		return nil, fmt.Errorf("%s: %q is not a loopback address such as 127.0.0.1 or ::1: "+
 			"put a tunnel in front of it for others", what, host)
 	}
@@ -244,7 +245,30 @@ func listenLoopback(what, address string, connections int) (net.Listener, error)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
-	return netutil.LimitListener(l, connections), nil
+	return netutil.LimitListener(&fromNetworks{l, networks}, connections), nil
+}
+
+// fromNetworks is a listener for loopback and some networks.
+type fromNetworks struct {
+	net.Listener
+	networks []netip.Prefix
+}
+
+// Accept closes the connections of others.
+func (l *fromNetworks) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		from, err := netip.ParseAddrPort(conn.RemoteAddr().String())
+		at := from.Addr().Unmap()
+		in := func(p netip.Prefix) bool { return p.Contains(at.WithZone("")) }
+		if err == nil && (at.IsLoopback() || slices.ContainsFunc(l.networks, in)) {
+			return conn, nil
+		}
+		conn.Close()
+	}
 }
 
 // A browser gets a token in two halves: one in a cookie, one for the page, which sends its half in

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,12 +90,66 @@ func TestOnlyTLS13OnLoopback(t *testing.T) {
 		t.Errorf("without TLS: %s", resp.Status)
 	}
 	for _, address := range []string{"0.0.0.0:0", "[::]:0", ":0", "192.0.2.1:0", "localhost:0", "127.0.0.1"} {
-		if l, err := ListenTLS(address, newCertificates(t)); err == nil {
+		if l, err := ListenTLS(address, nil, newCertificates(t)); err == nil {
 			l.Close()
 			t.Errorf("it listens on %s", address)
 		}
 	}
 }
+
+// TestNetworksOfOperators has callers from addresses inside and outside of the networks of
+// operators.
+func TestNetworksOfOperators(t *testing.T) {
+	networks := []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
+	for from, want := range map[string]bool{
+		"192.0.2.0:1": true, "192.0.2.255:1": true, "192.0.1.255:1": false, "192.0.3.0:1": false,
+		"[::ffff:192.0.2.7]:1": true, "[::ffff:192.0.3.7]:1": false, "[2001:db8::1]:1": true, "[2001:db9::1]:1": false,
+		"127.0.0.1:1": true, "[::1]:1": true, "[fe80::1%eth0]:1": false,
+	} {
+		address := must(netip.ParseAddrPort(from))(t)
+		in, out := net.Pipe()
+		defer out.Close()
+		l := &fromNetworks{&oneConnection{conn: remote{in, net.TCPAddrFromAddrPort(address)}}, networks}
+		conn, err := l.Accept()
+		if is := err == nil; is != want {
+			t.Errorf("%s: %v", from, err)
+		}
+		if err != nil { // closed without a byte
+			if _, err := out.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("%s: %v", from, err)
+			}
+			continue
+		}
+		conn.Close()
+	}
+	l, err := ListenTLS("0.0.0.0:0", networks, newCertificates(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
+
+// oneConnection is a listener with one connection.
+type oneConnection struct {
+	net.Listener
+	conn net.Conn
+}
+
+func (l *oneConnection) Accept() (net.Conn, error) {
+	if l.conn == nil {
+		return nil, net.ErrClosed
+	}
+	conn := l.conn
+	l.conn = nil
+	return conn, nil
+}
+
+type remote struct {
+	net.Conn
+	address net.Addr
+}
+
+func (r remote) RemoteAddr() net.Addr { return r.address }
 
 // TestStrangersOnTheSocket checks that strangers are refused even if the modes of the socket and
 // its folder are wrong.

@@ -16,7 +16,7 @@ const maxScrapers = 16
 
 // ListenMetrics listens on a loopback address for NewMetrics.
 func ListenMetrics(address string) (net.Listener, error) {
-	return listenLoopback("metrics_listen", address, maxScrapers)
+	return listenFrom("metrics_listen", address, nil, maxScrapers)
 }
 
 // NewMetrics returns the server of metrics for programs that can't sign in.

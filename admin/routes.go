@@ -1,6 +1,10 @@
 package admin
 
-import "net/http"
+import (
+	"net/http"
+
+	"countersign/internal/machine"
+)
 
 // routes registers all operations. An operation of logFiles is registered in log.go.
 func (s *server) routes() {
@@ -323,6 +327,19 @@ func (s *server) routes() {
 		route: "GET /v1/holders", id: "holders",
 		summary: "Show the recovery holders, and the keys that they can bring back",
 		roles:   signedIn, refused: whileUninitialised})
+	route(s, s.machine, operation{
+		route: "GET /v1/machine", id: "machine",
+		summary: "Show the machine of an appliance that was booted from the image",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	routeEmpty(s, s.uploadUpdate, operation{
+		route: "PUT /v1/machine/update", id: "upload-update", summary: "Give a part of an update's file to the machine",
+		roles: of(administrator), refused: whileUninitialised, body: machine.MaxPart + 1})
+	route(s, s.endUpload, operation{
+		route: "POST /v1/machine/update", id: "end-upload", summary: "Have the machine verify the uploaded update",
+		roles: of(administrator), refused: whileUninitialised})
+	routeEmpty(s, s.restartMachine, operation{
+		route: "POST /v1/machine/restart", id: "restart-machine", summary: "Restart the machine",
+		roles: of(administrator), refused: whileUninitialised})
 	route(s, s.lastDrill, operation{
 		route: "GET /v1/drills", id: "drills", summary: "Show the last drill, which has restored a backup",
 		roles: of(administrator, operator, auditor, backup), refused: whileUninitialised})

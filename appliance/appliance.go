@@ -313,6 +313,10 @@ func (a *Appliance) stopBackups(ctx context.Context) error {
 // Alive returns when the ledger's writer has executed an empty request, for a watchdog.
 func (a *Appliance) Alive(ctx context.Context) error { return a.ledger.Alive(ctx) }
 
+// Record writes an event of the machine around the appliance, and returns when the event is on
+// disk.
+func (a *Appliance) Record(ctx context.Context, e audit.Event) error { return a.record(ctx, e) }
+
 // record writes an event, and returns when the event is on disk.
 func (a *Appliance) record(ctx context.Context, e audit.Event) error {
 	_, err := a.ledger.Append(ctx, ledger.EventOf(e))

@@ -134,6 +134,9 @@ func TestKeyOfAPeerIsRemoved(t *testing.T) {
 	for n := range 3 {
 		answers(t, other, request(n, "m"), "")
 	}
+	eventually(t, "the log has the outcomes of the removed key's requests", func() bool {
+		return countOf(logOf(t, e.Appliance, 1), audit.SignatureFailed) == 3
+	})
 	e.restart()
 	events := logOf(t, e.Appliance, 1)
 	for of, want := range map[audit.Type]int{

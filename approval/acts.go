@@ -40,6 +40,8 @@ const (
 	ActScraperAdd       = "scraper add"
 	ActBackupRestore    = "backup restore"
 	ActFactoryReset     = "factory reset"
+	ActMachineUpdate    = "machine update"
+	ActMachineReset     = "machine reset"
 )
 
 // gate connects an act with its proposers, and with the event that records the act in the log.
@@ -187,6 +189,12 @@ var gates = []gate{
 		func(_ string, m map[string]string) []Parameter {
 			return []Parameter{{"machine", m["machine"]}, {"ledger", m["ledger"]}, {"keys", m["keys"]}}
 		}},
+	{ActMachineUpdate, administrators, audit.MachineUpdateBegun, nil,
+		func(resource string, m map[string]string) []Parameter {
+			return []Parameter{{"version", resource}, {"from", m["from"]}, {"sha256", m["sha256"]}}
+		}},
+	{ActMachineReset, administrators, audit.MachineResetBegun, nil,
+		func(resource string, _ map[string]string) []Parameter { return []Parameter{{"name", resource}} }},
 	{ActScraperAdd, administrators, audit.ScraperAdded, nil, func(resource string, m map[string]string) []Parameter {
 		return []Parameter{{"name", resource}, {"token_sha256", m["token_sha256"]}, {"expires", m["expires"]}}
 	}},

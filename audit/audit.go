@@ -99,9 +99,13 @@ const (
 	BackupFailed        Type = "BackupFailed"
 	BackupProven        Type = "BackupProven" // a drill has restored a backup
 	DrillFailed         Type = "DrillFailed"
-	BackupsPruned       Type = "BackupsPruned"     // metadata names
-	BackupRestored      Type = "BackupRestored"    // metadata sha256, made, replaces, timestamp_after
-	FactoryResetBegun   Type = "FactoryResetBegun" // metadata machine, ledger, keys
+	BackupsPruned       Type = "BackupsPruned"       // metadata names
+	BackupRestored      Type = "BackupRestored"      // metadata sha256, made, replaces, timestamp_after
+	FactoryResetBegun   Type = "FactoryResetBegun"   // metadata machine, ledger, keys
+	MachineUpdateBegun  Type = "MachineUpdateBegun"  // metadata from, sha256 (of the manifest), rollback_version
+	MachineUpdated      Type = "MachineUpdated"      // the new image has proven itself; metadata from
+	MachineUpdateFailed Type = "MachineUpdateFailed" // the image of before runs; metadata from, cause
+	MachineResetBegun   Type = "MachineResetBegun"
 	RetentionChanged    Type = "RetentionChanged"
 	RetentionApplied    Type = "RetentionApplied" // names the dropped epoch, or the bound before which receipts go
 	LegalHoldSet        Type = "LegalHoldSet"
@@ -159,6 +163,7 @@ var kinds = map[Type]Kind{
 	Locked: Other, Unlocked: Other, BackupMade: Other, BackupFailed: Other, BackupsPruned: Other, BackupProven: Other,
 	DrillFailed:    Other,
 	BackupRestored: Other, FactoryResetBegun: Other,
+	MachineUpdateBegun: Other, MachineUpdated: Other, MachineUpdateFailed: Other, MachineResetBegun: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
 	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LogLevelChanged: Other,

@@ -560,6 +560,29 @@ func NewFactoryResetBegun(who Actor, machine, ledger, keys string) Event {
 	return newEvent(FactoryResetBegun, who, "factory reset", "", "machine", machine, "ledger", ledger, "keys", keys)
 }
 
+// NewMachineUpdateBegun records that the machine is about to install an image: its version, the one
+// that runs, the SHA-256 of its manifest, and its rollback version.
+func NewMachineUpdateBegun(who Actor, version, from, digest string, rollback uint64) Event {
+	return newEvent(MachineUpdateBegun, who, "machine update", version, "from", from, "sha256", digest,
+		"rollback_version", decimal(rollback))
+}
+
+// NewMachineUpdated records that the appliance works in a new image.
+func NewMachineUpdated(version, from string) Event {
+	return newEvent(MachineUpdated, Daemon(), "machine update", version, "from", from)
+}
+
+// NewMachineUpdateFailed records that the machine runs the image of before an update again.
+func NewMachineUpdateFailed(version, from, cause string) Event {
+	return newEvent(MachineUpdateFailed, Daemon(), "machine update", version, "from", from, "cause", cause)
+}
+
+// NewMachineResetBegun records that the machine is about to destroy its disk. A log with this event
+// was copied before the end.
+func NewMachineResetBegun(who Actor, appliance string) Event {
+	return newEvent(MachineResetBegun, who, "machine reset", appliance)
+}
+
 // NewBackupProven records a drill, which has restored a backup (see NewBackupMade) where nobody can
 // reach the result: the events in the tree of the backup, the time that the ledger with its lists
 // of writes reaches, and what was proven and what could not be. holders have brought the

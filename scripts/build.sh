@@ -42,3 +42,4 @@ else
     -ldflags="-s -w $names -linkmode=external -extldflags=-Wl,-z,relro,-z,now"
 fi
 CGO_ENABLED=0 build countersign -ldflags="-s -w $names"
+[ -z "${MACHINE:-}" ] || CGO_ENABLED=0 build countersign-machine -ldflags="-s -w $names" # for images

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs Debian packages by apt-get: with "build" those of make build, demo and run, and with
-# "test" also those of the tests. Packages present are left alone. Go must be installed by hand.
-# "list build" and "list test" only print the packages.
+# Installs Debian packages by apt-get: with "build" those of make build, demo and run, with "image"
+# also those of make image, and with "test" also those of the tests. Packages present are left alone. Go must be installed by hand.
+# "list build", "list image" and "list test" only print the packages.
 set -euo pipefail
 
 list=
@@ -9,7 +9,10 @@ if [ "${1:-}" = list ]; then
   list=yes
   shift
 fi
-case ${1:-} in build | test) for=$1 ;; *) echo "usage: scripts/deps.sh [list] build|test" >&2; exit 2 ;; esac
+case ${1:-} in
+  build | image | test) for=$1 ;;
+  *) echo "usage: scripts/deps.sh [list] build|image|test" >&2; exit 2 ;;
+esac
 
 missing=()
 need() { # need PACKAGE TEST...: adds the package to the missing ones if the test fails
@@ -30,7 +33,22 @@ need make command -v make
 need openssh-client command -v ssh-agent
 need nodejs command -v node # for the web console
 need npm command -v npm
+if [ "$for" != build ]; then
+  need sbsigntool command -v sbsign     # signs for Secure Boot
+  need faketime command -v faketime     # the same bytes each time
+  need zstd command -v zstd
+  need xz-utils command -v xz
+  need gpgv command -v gpgv             # Debian's signature, for a new lock file
+  need debian-archive-keyring test -e /usr/share/keyrings/debian-archive-keyring.gpg
+  need kmod test -x /usr/sbin/depmod -o -x /sbin/depmod
+  need dosfstools test -x /usr/sbin/mkfs.fat -o -x /sbin/mkfs.fat
+  need mtools command -v mcopy
+  need fdisk test -x /usr/sbin/sfdisk -o -x /sbin/sfdisk
+  need qemu-utils command -v qemu-img
+fi
 if [ "$for" = test ]; then
+  need qemu-system-x86 command -v qemu-system-x86_64 # boots the image
+  need ovmf test -e /usr/share/OVMF/OVMF_CODE_4M.secboot.fd
   need curl command -v curl
   need p11-kit-modules bash -c 'compgen -G "/usr/lib/*/p11-kit-proxy.so"'
   need libnss3 bash -c 'compgen -G "/usr/lib/*/libsoftokn3.so"'

@@ -152,8 +152,8 @@ func (b *bus) dialOnce(ctx context.Context) (connection, error) {
 	if st.Mode()&os.ModeDevice == 0 {
 		return nil, fmt.Errorf("%s is neither a device nor a socket", b.path)
 	}
-	// Not by os.OpenFile, which makes a file non-blocking that can be polled: the driver then takes a
-	// command and returns at once, and a read before the response is the end of the file.
+	// Not by os.OpenFile, which makes a file non-blocking that can be polled: the driver then takes
+	// a command and returns at once, and a read before the response is the end of the file.
 	fd, err := unix.Open(b.path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: b.path, Err: err}

@@ -92,12 +92,17 @@ func (s *Store) counter(t transport.TPM, owner keystore.Owner) (
 	return h, tpm2.NamedHandle{Handle: handle, Name: *name}, nil
 }
 
+// isCounter reports that an NV index is the counter of an appliance, whichever it is.
+func isCounter(public tpm2.TPMSNVPublic) bool {
+	mine := counterPublic(tpm2.TPMHandle(public.NVIndex), keystore.Owner{})
+	mine.Attributes.Written, mine.AuthPolicy = public.Attributes.Written, public.AuthPolicy
+	return string(tpm2.Marshal(public)) == string(tpm2.Marshal(mine))
+}
+
 // describeNV says what an NV index is. A TPM does not record the name of the program that has
 // defined an index.
 func describeNV(public tpm2.TPMSNVPublic) string {
-	mine := counterPublic(tpm2.TPMHandle(public.NVIndex), keystore.Owner{})
-	mine.Attributes.Written, mine.AuthPolicy = public.Attributes.Written, public.AuthPolicy
-	if string(tpm2.Marshal(public)) == string(tpm2.Marshal(mine)) {
+	if isCounter(public) {
 		return "the counter of another countersign appliance on this TPM, or of an earlier one"
 	}
 	by := "a program with the owner's authorisation"

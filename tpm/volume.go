@@ -44,8 +44,8 @@ type VolumeKey struct {
 var VolumePCRs = []uint{7}
 
 // SignedPCRs are the registers that the signer of images signs: the image, and what would override
-// it. Nothing may be measured into 12 (the command line of the boot loader, credentials) and 13
-// (system extensions).
+// it. Register 12 has the command line that the boot loader passes on, and credentials; 13 has
+// system extensions.
 var SignedPCRs = []uint{11, 12, 13}
 
 // Volumes is a TPM with the seals of one machine's disk.
@@ -81,11 +81,12 @@ func policyRef(minimum uint64) []byte {
 }
 
 // SignImage signs the registers of an image, for each minimal version in which the image may open
-// the disk. pcr11 is the value that the image gives to register 11 before any phase of the boot.
-func SignImage(key crypto.Signer, pcr11 []byte, minima ...uint64) (all []ImageState, err error) {
-	zero := make([]byte, sha256.Size)
+// the disk. pcr11 and pcr12 are the values that the image's boot gives to these registers, before
+// any phase of the boot is measured.
+func SignImage(key crypto.Signer, pcr11, pcr12 []byte, minima ...uint64) (all []ImageState, err error) {
+	registers := map[uint][]byte{11: pcr11, 12: pcr12, 13: make([]byte, sha256.Size)}
 	for _, m := range minima {
-		a, err := approve(key, "", map[uint][]byte{11: pcr11, 12: zero, 13: zero}, policyRef(m))
+		a, err := approve(key, "", registers, policyRef(m))
 		if err != nil {
 			return nil, err
 		}
@@ -216,6 +217,87 @@ func (v Volumes) Raise(ctx context.Context, from uint64) error {
 	})
 }
 
+// ledgerIndices are the NV indices that ledgers of a machine's disks may have for their counters:
+// the usual one first, and none of the disks' own.
+func ledgerIndices() (all []tpm2.TPMHandle) {
+	all = append(all, defaultCounterIndex)
+	for index := volumeCounterIndex + 1; index <= defaultCounterIndex|0xf; index++ {
+		all = append(all, index)
+	}
+	return all
+}
+
+// FreeLedgerIndex returns an NV index for the counter of a new ledger. A TPM still has the counter
+// of an appliance whose disk was replaced.
+func (v Volumes) FreeLedgerIndex(ctx context.Context) (index uint32, err error) {
+	b := newBus(v.Config)
+	defer b.close()
+	err = b.use(ctx, func(t transport.TPM) error {
+		for _, each := range ledgerIndices() {
+			_, err := tpm2.NVReadPublic{NVIndex: each}.Execute(t)
+			if errors.Is(err, tpm2.TPMRCHandle) {
+				index = uint32(each)
+				return nil
+			} else if err != nil {
+				return deviceError("TPM2_NV_ReadPublic", err)
+			}
+		}
+		return fmt.Errorf("tpm: %w: the TPM has the counters of %d appliances: clear the TPM in the firmware",
+			keystore.ErrRefused, len(ledgerIndices()))
+	})
+	return index, err
+}
+
+// forgetLedgers removes the counters of ledgers.
+func (s *Store) forgetLedgers(t transport.TPM) error {
+	for _, index := range ledgerIndices() {
+		got, err := tpm2.NVReadPublic{NVIndex: index}.Execute(t)
+		if errors.Is(err, tpm2.TPMRCHandle) {
+			continue
+		} else if err != nil {
+			return deviceError("TPM2_NV_ReadPublic", err)
+		}
+		public, err := got.NVPublic.Contents()
+		if err != nil {
+			return deviceError("TPM2_NV_ReadPublic", err)
+		}
+		if !isCounter(*public) {
+			continue // of another program
+		}
+		name, err := tpm2.NVName(public)
+		if err != nil {
+			return deviceError("TPM2_NV_ReadPublic", err)
+		}
+		if _, err := (tpm2.NVUndefineSpace{
+			AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: s.srk.session()},
+			NVIndex:    tpm2.NamedHandle{Handle: index, Name: *name},
+		}).Execute(t); err != nil {
+			return ownerError("TPM2_NV_UndefineSpace", err)
+		}
+	}
+	return nil
+}
+
+// Forget increments the counter of disks, if there is one, and removes the counters of ledgers: no
+// seal of before opens any more, and no ledger of before is the newest.
+func (v Volumes) Forget(ctx context.Context) error {
+	b := newBus(v.Config)
+	defer b.close()
+	return b.use(ctx, func(t transport.TPM) error {
+		srk, err := readSRK(t, v.storageRoot())
+		if errors.Is(err, tpm2.TPMRCHandle) || errors.Is(err, keystore.ErrUnfit) {
+			return nil // nothing was ever sealed
+		} else if err != nil {
+			return err
+		}
+		s := v.store(t, srk)
+		if _, err = s.increment(t, volumeOwner); err != nil && !errors.Is(err, keystore.ErrNotFound) {
+			return err
+		}
+		return s.forgetLedgers(t)
+	})
+}
+
 // Unseal returns the key of a disk. signed are the signatures that the image has brought along. The
 // error says what is in the way: ErrOldImage, ErrForeignImage, ErrStaleSeal, ErrStateMeasured, or
 // keystore.ErrReplaced for another TPM.
@@ -227,7 +309,10 @@ func (v Volumes) Unseal(ctx context.Context, seal VolumeKey, signed []ImageState
 	defer b.close()
 	err = b.use(ctx, func(t transport.TPM) error {
 		srk, err := checkSRK(t, v.storageRoot(), tpm2.TPM2BName{Buffer: seal.SRKName})
-		if err != nil {
+		if errors.Is(err, keystore.ErrReplaced) {
+			return fmt.Errorf("tpm: %w: the disk belongs to another TPM, or to this one before it was cleared: put "+
+				"the disk back into its machine", keystore.ErrReplaced)
+		} else if err != nil {
 			return err
 		}
 		s := v.store(t, srk)
@@ -241,27 +326,41 @@ func (v Volumes) Unseal(ctx context.Context, seal VolumeKey, signed []ImageState
 		if err := s.fresh(t, seal); err != nil {
 			return err
 		}
-		return withLoaded(t, srk, sealed{Public: seal.Public, Private: seal.Private},
-			func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error {
-				session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, srk.salted(), encryptResponse)
-				if err != nil {
-					return deviceError("TPM2_StartAuthSession", err)
-				}
-				defer end()
-				if err := s.satisfyVolume(t, session.Handle(), seal, state); err != nil {
-					return err
-				}
-				r, err := tpm2.Unseal{
-					ItemHandle: tpm2.AuthHandle{Handle: handle, Name: name, Auth: session},
-				}.Execute(t)
-				if err != nil {
-					return deviceError("TPM2_Unseal", err)
-				}
-				key = secret.New(r.OutData.Buffer)
-				return nil
-			})
+		// Other programs may extend a register of theirs meanwhile, which ends a policy session.
+		for try := 1; ; try++ {
+			err = s.unsealVolume(t, seal, state, &key)
+			if !errors.Is(err, tpm2.TPMRCPCRChanged) || try == maxTries {
+				return err
+			}
+		}
 	})
 	return key, err
+}
+
+// maxTries bounds the tries of Unseal.
+const maxTries = 20
+
+// unsealVolume has the TPM unseal the key of a disk.
+func (s *Store) unsealVolume(t transport.TPM, seal VolumeKey, state ImageState, key *secret.Bytes) error {
+	return withLoaded(t, s.srk, sealed{Public: seal.Public, Private: seal.Private},
+		func(handle tpm2.TPMHandle, name tpm2.TPM2BName) error {
+			session, end, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, s.srk.salted(), encryptResponse)
+			if err != nil {
+				return deviceError("TPM2_StartAuthSession", err)
+			}
+			defer end()
+			if err := s.satisfyVolume(t, session.Handle(), seal, state); err != nil {
+				return err
+			}
+			r, err := tpm2.Unseal{
+				ItemHandle: tpm2.AuthHandle{Handle: handle, Name: name, Auth: session},
+			}.Execute(t)
+			if err != nil {
+				return deviceError("TPM2_Unseal", err)
+			}
+			*key = secret.New(r.OutData.Buffer)
+			return nil
+		})
 }
 
 // signature returns the signature for the seal's minimal version, if the signed registers are the

@@ -71,7 +71,7 @@ func (d *disk) image(by *ecdsa.PrivateKey, version uint64) []tpm.ImageState {
 	for m := uint64(1); m <= version; m++ {
 		minima = append(minima, m)
 	}
-	signed, err := tpm.SignImage(by, d.e.PCR(d.t, 11), minima...)
+	signed, err := tpm.SignImage(by, d.e.PCR(d.t, 11), d.e.PCR(d.t, 12), minima...)
 	if err != nil {
 		d.t.Fatal(err)
 	}
@@ -200,6 +200,40 @@ func TestVolumePowerCuts(t *testing.T) {
 	d.wantOpen(v, d.image(d.signer, 1))
 	if n := d.e.FailedTries(t); n != 0 {
 		t.Fatalf("the TPM has counted %d failed tries", n)
+	}
+}
+
+// TestForget resets a machine: no seal of before opens, and the counters of its ledgers are gone,
+// but not an index of another program.
+func TestForget(t *testing.T) {
+	d := newDisk(t)
+	if err := d.Forget(d.ctx()); err != nil { // of a TPM that was never used
+		t.Fatal(err)
+	}
+	v := d.seal(1, false)
+	d.e.Tool(t, "tpm2_nvdefine", "0x1800c53", "-s", "8")
+	c := config(t, d.e)
+	s := open(t, c)
+	defer s.Close()
+	owner := keystore.Owner{1}
+	if err := s.DefineCounter(d.ctx(), owner); err != nil {
+		t.Fatal(err)
+	}
+	if free, err := d.FreeLedgerIndex(d.ctx()); err != nil || free != 0x1800c54 {
+		t.Errorf("%#x, %v", free, err)
+	}
+	if err := d.Forget(d.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.ReadCounter(d.ctx(), owner); !errors.Is(err, keystore.ErrNotFound) {
+		t.Errorf("the ledger's counter: %v", err)
+	}
+	if free, err := d.FreeLedgerIndex(d.ctx()); err != nil || free != 0x1800c51 {
+		t.Errorf("%#x, %v", free, err)
+	}
+	d.wantRefused(v, d.image(d.signer, 1), tpm.ErrStaleSeal, "")
+	if listed := d.e.Tool(t, "tpm2_getcap", "handles-nv-index"); !strings.Contains(listed, "0x1800C53") {
+		t.Errorf("the index of another program is gone: %s", listed)
 	}
 }
 

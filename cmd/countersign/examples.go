@@ -60,6 +60,8 @@ var examples = map[string]string{
 	"admin token show":          "main",
 	"admin unlock":              "",
 	"admin whoami":              "",
+	"admin machine show":        "",
+	"admin machine restart":     "",
 	"keys":                      "--server 10.0.0.5:7700 --server-key \"$(cat noise.pub)\" --identity shop.key",
 	"ping":                      "--server 10.0.0.5:7700 --server-key \"$(cat noise.pub)\" --identity shop.key",
 	"policy schema":             "",

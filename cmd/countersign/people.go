@@ -24,7 +24,8 @@ func (t *tool) people(act maker) []*cobra.Command {
 	return []*cobra.Command{
 		t.contexts(), t.login(), t.logout(act), t.whoami(act), t.sessions(act),
 		t.operators(act), t.credentials(act), t.quorum(act), t.proposals(act),
-		t.lock(act), t.unlock(act), t.state(act), t.tls(act), t.scrapers(act), t.logLevel(act),
+		t.lock(act), t.unlock(act), t.state(act), t.tls(act), t.scrapers(act), t.machine(act), t.update(act),
+		t.logLevel(act),
 	}
 }
 

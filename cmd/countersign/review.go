@@ -39,6 +39,9 @@ type review struct {
 	doc      api.Proposal
 }
 
+// withContent are the acts whose proposals have a content.
+var withContent = []string{approval.ActPolicyActivate, approval.ActGroupSet, approval.ActMachineUpdate}
+
 // digestParameter is the parameter with the SHA-256 of a proposal's content.
 const digestParameter = "sha256"
 
@@ -63,7 +66,7 @@ func readReview(ctx context.Context, c *api.Client, id uint64) (*review, error) 
 			"has %x: do not approve it", id, cmp.Or(named, "none"), digest)
 	case doc.State != "open":
 		return &review{p, doc}, nil // to be read only: the appliance has dropped the content
-	case named != "" && p.Act != approval.ActPolicyActivate && p.Act != approval.ActGroupSet:
+	case named != "" && !slices.Contains(withContent, p.Act):
 		return nil, fmt.Errorf("proposal %d: its text has the SHA-256 of a content, and %s has none: do not approve it",
 			id, p.Act)
 	case named != "" && doc.Content == "":
@@ -118,6 +121,9 @@ func (t *tool) showReview(ctx context.Context, c *api.Client, r *review, to io.W
 	switch {
 	case r.doc.State == "open" && strings.HasPrefix(r.proposal.Act, "group "):
 		return showGroup(ctx, t, c, r, to)
+	case r.doc.Content != "" && r.proposal.Act == approval.ActMachineUpdate:
+		_, err := fmt.Fprintf(to, "the manifest, which those who release have signed:\n%s", r.doc.Content)
+		return err
 	case r.doc.Content != "":
 		return showPolicy(ctx, t, c, r, to)
 	}

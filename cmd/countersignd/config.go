@@ -73,14 +73,22 @@ type Config struct {
 	// exist. Default: access for root and the daemon's user only.
 	AdminGroup string `toml:"admin_group"`
 
-	// AdminHTTPS is the loopback address, such as 127.0.0.1:7780, of the admin API over HTTPS, for
-	// browsers. Default: no HTTPS. countersignd init makes the HTTPS keys in log_token, which
-	// must support P-256 keys.
+	// AdminHTTPS is the address, such as 127.0.0.1:7780, of the admin API over HTTPS, for browsers:
+	// a loopback address, unless admin_https_from names networks. Default: no HTTPS. countersignd
+	// init makes the HTTPS keys in log_token, which must support P-256 keys.
 	AdminHTTPS string `toml:"admin_https"`
+
+	// AdminHTTPSFrom has the networks of operators, such as 10.1.9.0/24, for an admin_https that is
+	// no loopback address. Connections from elsewhere are closed at once. Default: loopback only.
+	AdminHTTPSFrom []string `toml:"admin_https_from"`
 
 	// AdminName is the host name of the admin API in browsers. Default: localhost. Danger: passkeys
 	// are bound to the name, and stop working with another name.
 	AdminName string `toml:"admin_name"`
+
+	// MachineSocket is the path of the Unix socket of the machine's agent, on a machine that was
+	// booted from the image. Default: none; the appliance is a program on a host.
+	MachineSocket string `toml:"machine_socket"`
 
 	// MetricsListen is a loopback address, such as 127.0.0.1:7790, that serves the metrics at
 	// /metrics for Prometheus, over plain HTTP and without a sign-in. Default: no such listener.
@@ -606,6 +614,7 @@ func defaults() Config {
 	return Config{
 		Mail: Mail{To: []string{}}, Alerts: defaultAlerts(),
 		LogLevel: "info", LogFormat: logline.Auto, AdminName: "localhost", UnattendedStart: true,
+		AdminHTTPSFrom:   []string{},
 		RollbackInterval: Duration(time.Hour), RollbackAdmissions: 10_000,
 		Tokens: map[string]*Token{}, Traces: Traces{OneIn: 1, RequestsPerSecond: 100},
 		Journal: Journal{FileMiB: 64, Files: 16}, Backup: defaultBackup(),
@@ -679,7 +688,8 @@ func (c *Config) resolve(dir string) {
 		c.Journal.Folder = cmp.Or(c.Journal.Folder, c.Ledger+".journal")
 	}
 	paths := []*string{
-		&c.AdminSocket, &c.KeysSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder, &c.Traces.HeadersFile,
+		&c.AdminSocket, &c.KeysSocket, &c.MachineSocket, &c.Ledger, &c.Policy, &c.ImportFolder, &c.Journal.Folder,
+		&c.Traces.HeadersFile,
 		&c.Traces.CAFile, &c.Backup.Folder, &c.Backup.SFTPKeyFile,
 	}
 	switch {
@@ -859,15 +869,27 @@ func (c *Config) checkAddresses() error {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return fmt.Errorf("%s: %q has the port %q; a port is a number from 1 to 65535", l.field, l.address, port)
 		}
-		loopback := l.field == "admin_https" || l.field == "metrics_listen"
+		loopback := l.field == "admin_https" && len(c.AdminHTTPSFrom) == 0 || l.field == "metrics_listen"
 		if ip, err := netip.ParseAddr(host); loopback && (err != nil || !ip.IsLoopback()) {
-			return fmt.Errorf("%s: %q is not a loopback address with a port, such as 127.0.0.1:7780",
-				l.field, l.address)
+			hint := ""
+			if l.field == "admin_https" {
+				hint = "; for others, name their networks in admin_https_from"
+			}
+			return fmt.Errorf("%s: %q is not a loopback address with a port, such as 127.0.0.1:7780%s",
+				l.field, l.address, hint)
 		}
 		if other := fields[l.address]; other != "" {
 			return fmt.Errorf("%s and %s are both %q: each needs an address of its own", other, l.field, l.address)
 		}
 		fields[l.address] = l.field
+	}
+	for _, network := range c.AdminHTTPSFrom {
+		if p, err := netip.ParsePrefix(network); err != nil || p != p.Masked() {
+			return fmt.Errorf("admin_https_from: %q is no network, such as 10.1.9.0/24", network)
+		}
+	}
+	if len(c.AdminHTTPSFrom) > 0 && c.AdminHTTPS == "" {
+		return errors.New("admin_https_from: there is no admin_https that the networks could reach")
 	}
 	if n := len(c.AdminSocket); n > maxSocketPath {
 		return fmt.Errorf("admin_socket: the path %s has %d bytes; at most %d are possible",

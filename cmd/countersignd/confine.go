@@ -169,7 +169,10 @@ func (c *Config) rights(path string, doors []*door, given sockets) sandbox.Right
 		}),
 		Write: append(absolute(filepath.Dir(c.Ledger)), "/dev/null"),
 		// For messages to the service manager and to journald, which make their sockets again.
-		Sockets: absolute(folderOrNone(os.Getenv("NOTIFY_SOCKET")), folderOrNone(logline.JournalSocket)),
+		// So does the machine's agent.
+		Sockets: absolute(folderOrNone(os.Getenv("NOTIFY_SOCKET")), folderOrNone(logline.JournalSocket),
+			folderOrNone(c.MachineSocket)),
+		Streams: c.MachineSocket != "",
 		Remove:  absolute(filepath.Dir(c.AdminSocket)),
 		Keep:    c.capabilities(given),
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os/user"
 
 	"countersign/admin/certs"
@@ -89,6 +90,14 @@ func (s certificateStore) Save(ctx context.Context, name string, value []byte) e
 		}
 		return tx.Put(ledger.Meta, certificatePrefix+name, value)
 	})
+}
+
+// adminNetworks returns the networks of operators.
+func (c *Config) adminNetworks() (all []netip.Prefix) {
+	for _, network := range c.AdminHTTPSFrom {
+		all = append(all, netip.MustParsePrefix(network)) // checked by Config.check
+	}
+	return all
 }
 
 // httpsPort returns the port of the HTTPS listener, or "".

@@ -58,7 +58,7 @@ func prepare(ctx context.Context, c Config, p parts, given sockets, log *slog.Lo
 	if r.certs, err = certificates(c, p, log); err != nil || r.certs == nil {
 		return r, err
 	}
-	https, err := admin.ListenTLS(c.AdminHTTPS, r.certs)
+	https, err := admin.ListenTLS(c.AdminHTTPS, c.adminNetworks(), r.certs)
 	if err != nil {
 		return r, err
 	}

@@ -146,6 +146,7 @@ func serve(
 	api := admin.New(admin.Config{
 		Appliance: p.app, KeyWorkers: workers, Operators: registry, Meter: p.meter, History: past, Group: ready.group,
 		Level: inForce, Log: log,
+		Machine:      c.machine(),
 		LoadPolicy:   func() (*policy.Policy, error) { return policy.Load(c.Policy) },
 		ErrorLog:     stdlog.New(logqueue.Printer{Log: log, Message: "the admin API's HTTP server"}, "", 0),
 		Certificates: ready.certs, Hosts: []string{host}, Origin: c.adminOrigin(), RPID: c.AdminName,
@@ -168,6 +169,9 @@ func serve(
 	serveHTTP("admin API", api, ready.admin...)
 	serveHTTP("metrics", scraped, ready.metrics...)
 	go expire(ctx, registry, log)
+	if m := c.machine(); m != nil {
+		go (&machineReport{client: m, app: p.app, registry: registry, certs: ready.certs, log: log}).run(ctx)
+	}
 	context.AfterFunc(ctx, func() { notifications.send(daemon.SdNotifyStopping) })
 	go watchdog(ctx, prober{p.app, ready.socket, ready.doors}, notifications, log)
 	go reloadAll(ctx, path, c, inForce, p.app, reload, log)
@@ -264,7 +268,7 @@ func openOperators(c Config, p parts, log *slog.Logger) (*operators.Registry, er
 		return nil, err
 	}
 	return operators.Open(p.ledger, operators.Config{
-		Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app),
+		Appliance: name.Name(), RPID: c.AdminName, Origin: c.adminOrigin(), Acts: admin.Acts(p.app, c.machine()),
 		Changed: p.app.Keys.CredentialsChanged, Log: log,
 	})
 }

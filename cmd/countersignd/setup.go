@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -48,6 +49,10 @@ type setupOptions struct {
 	listen, pubky    string
 	https, name      string
 	allow            []string // networks of peers
+	from             []string // networks of operators
+	unmeasured       bool     // the TPM's register of Secure Boot may be empty
+	machine          string   // the socket of the machine's agent
+	counter          uint     // index of the TPM's counter; 0: the usual one
 	holders          []string
 	needed           int
 	operator, sshKey string
@@ -101,13 +106,21 @@ func setupCommand(configPath *string, stdout, stderr io.Writer) *cobra.Command {
 	f.StringVar(&o.tpm, "tpm", tpmDevice, "with --token tpm: the TPM's device or socket")
 	f.StringVar(&o.listen, "listen", "127.0.0.1:7700", "the address for peers")
 	f.StringVar(&o.pubky, "listen-pubky", "", "the address for peers with pubky-noise (default: none)")
-	f.StringVar(&o.https, "https", "127.0.0.1:7780", "the loopback address of the web console, or none")
+	f.StringVar(&o.https, "https", "127.0.0.1:7780", "the address of the web console, or none")
+	f.StringSliceVar(&o.from, "https-from", nil, "a `network` of operators, or any, with an --https that others reach")
 	f.StringVar(&o.name, "name", "localhost", "the host name of the console, for ever: passkeys are bound to it")
 	f.StringSliceVar(&o.allow, "allow", nil, "a `network` of peers, such as 10.1.0.0/16, or any; can be repeated")
 	f.StringArrayVar(&o.holders, "holder", nil, "NAME=KEY or NAME=FILE, a recovery holder; can be repeated")
 	f.IntVar(&o.needed, "needed", 0, "so many holders together bring a key back")
 	f.StringVar(&o.operator, "operator", "", "the `name` of the first administrator")
 	f.StringVar(&o.sshKey, "ssh-key", "", "the first administrator's SSH public key (default: a link makes a passkey)")
+	f.BoolVar(&o.unmeasured, "unmeasured", false,
+		"with --token tpm: seal although no Secure Boot was measured, for tries")
+	f.StringVar(&o.machine, "machine-socket", "", "the `socket` of the machine's agent")
+	f.UintVar(&o.counter, "counter-index", 0, "with --token tpm: the NV `index` of the ledger's counter")
+	for _, flag := range []string{"machine-socket", "counter-index"} { // for the image, which sets up by itself
+		f.MarkHidden(flag)
+	}
 	f.BoolVar(&o.yes, "yes", false, "do not ask")
 	f.BoolVar(&o.noStart, "no-start", false, "neither start the services nor enrol anybody")
 	return c
@@ -121,7 +134,8 @@ func (s *settingUp) run(ctx context.Context, given func(flag string) bool, stder
 	switch _, err := os.Lstat(s.path); {
 	case err == nil:
 		for _, flag := range []string{
-			"token", "module", "uri", "pin-file", "tpm", "listen", "listen-pubky", "https", "name", "allow",
+			"token", "module", "uri", "pin-file", "tpm", "listen", "listen-pubky", "https", "https-from", "name",
+			"allow", "unmeasured",
 		} {
 			if given(flag) {
 				return configError{fmt.Errorf("--%s: %s is there already: change that file by hand, and leave the "+
@@ -264,15 +278,17 @@ func (s *settingUp) found() string {
 
 // networks checks --allow against the addresses for peers.
 func (s *settingUp) networks() error {
-	for i, network := range s.allow {
-		if network == "any" {
-			continue
+	for flag, networks := range map[string][]string{"allow": s.allow, "https-from": s.from} {
+		for i, network := range networks {
+			if network == "any" {
+				continue
+			}
+			p, err := netip.ParsePrefix(network)
+			if err != nil {
+				return configError{fmt.Errorf("--%s: %q is no network, such as 10.1.0.0/16, or any", flag, network)}
+			}
+			networks[i] = p.Masked().String()
 		}
-		p, err := netip.ParsePrefix(network)
-		if err != nil {
-			return configError{fmt.Errorf("--allow: %q is no network, such as 10.1.0.0/16, or any", network)}
-		}
-		s.allow[i] = p.Masked().String()
 	}
 	for flag, address := range map[string]string{"listen": s.listen, "listen-pubky": s.pubky} {
 		host, err := netip.ParseAddrPort(address)
@@ -495,10 +511,22 @@ func (s *settingUp) configuration() string {
 	field("listen", s.listen)
 	field("listen_pubky", s.pubky)
 	field("admin_socket", "/run/countersign/admin.sock")
+	field("machine_socket", s.machine)
 	field("admin_group", "countersign-admin")
 	field("admin_https", s.https)
 	if s.https != "" {
 		field("admin_name", s.name)
+	}
+	if len(s.from) > 0 {
+		var quoted []string
+		for _, network := range s.from {
+			if network == "any" {
+				quoted = append(quoted, `"0.0.0.0/0"`, `"::/0"`)
+			} else {
+				quoted = append(quoted, strconv.Quote(network))
+			}
+		}
+		fmt.Fprintf(&b, "admin_https_from = [%s]\n", strings.Join(quoted, ", "))
 	}
 	field("ledger", filepath.Join(stateDir, "ledger.db"))
 	field("policy", "policy.cedar")
@@ -508,6 +536,12 @@ func (s *settingUp) configuration() string {
 		field("tpm", s.tpm)
 		field("state", filepath.Join(keysDir, "tpm"))
 		b.WriteString("pcrs = [7]\n")
+		if s.counter != 0 {
+			fmt.Fprintf(&b, "counter_index = %#x\n", s.counter)
+		}
+		if s.unmeasured {
+			b.WriteString("zero_pcrs = [7] # no Secure Boot was measured: the TPM protects nothing\n")
+		}
 		return b.String()
 	}
 	field("uri", s.uri)
@@ -549,7 +583,7 @@ func (s *settingUp) writeUnits() error {
 
 // allowed are the lines that let the networks of peers in.
 func (s *settingUp) allowed() (lines []string) {
-	for _, network := range s.allow {
+	for _, network := range slices.Compact(slices.Sorted(slices.Values(slices.Concat(s.allow, s.from)))) {
 		lines = append(lines, "IPAddressAllow="+network)
 	}
 	return lines

@@ -170,7 +170,7 @@ func (r Rights) filters() ([]seccomp.Filter, error) {
 			list(2, seccomp.NotEqual, 0, unix.IPPROTO_TCP, unix.IPPROTO_UDP),
 			append(list(0, seccomp.Equal, unix.AF_NETLINK), list(2, seccomp.NotEqual, unix.NETLINK_ROUTE)...),
 		)
-		if !r.unixSockets() {
+		if !r.unixSockets() && !r.Streams {
 			// Datagrams are for the service manager and journald. A service that could be
 			// commanded, such as one that starts containers, has a stream. Streams and packets
 			// have bit 0.

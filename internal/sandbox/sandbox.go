@@ -29,6 +29,7 @@ type Rights struct {
 	Write   []string `json:"write,omitempty"`   // the same, to read, write, make, rename and remove
 	Devices []string `json:"devices,omitempty"` // device files, to read, write and control (ioctl)
 	Sockets []string `json:"sockets,omitempty"` // folders of Unix sockets, to connect to
+	Streams bool     `json:"streams,omitempty"` // of a daemon: Unix streams, for Sockets
 	Connect []uint16 `json:"connect,omitempty"` // TCP ports, on any host; of a key worker UDP ports, too
 	Bind    []uint16 `json:"bind,omitempty"`    // TCP ports to listen on
 	Names   bool     `json:"names,omitempty"`   // of a daemon: UDP, to resolve names of hosts
@@ -49,7 +50,7 @@ const (
 )
 
 // unixSockets reports that the process may make Unix sockets of each type and connect them. A
-// daemon may make datagram sockets only.
+// daemon may make datagram sockets only, and with Streams also streams.
 func (r Rights) unixSockets() bool {
 	return r.Kind != Daemon && len(r.Connect)+len(r.Sockets) > 0
 }

@@ -298,3 +298,9 @@ func (e *Emulator) FillNV(t testing.TB) {
 		}
 	}
 }
+
+// Tool runs a program of tpm2-tools against the emulator, and returns the output.
+func (e *Emulator) Tool(t testing.TB, args ...string) string {
+	t.Helper()
+	return string(e.tool(t, args...))
+}

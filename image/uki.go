@@ -1,0 +1,144 @@
+package image
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"debug/pe"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"unicode/utf16"
+)
+
+// Section is a part of a unified kernel image (UAPI.5). The name begins with a dot.
+type Section struct {
+	Name string
+	Data []byte
+}
+
+// measured are the sections that systemd-stub 252 measures into PCR 11, in its order
+// (src/boot/efi/stub.c; the order is that of enum UnifiedSection).
+var measured = []string{".linux", ".osrel", ".cmdline", ".initrd", ".splash", ".dtb", ".pcrpkey"}
+
+// PCR11 is the value of register 11 after systemd-stub has measured the sections and before any
+// phase of the boot: for each section, the name with a zero byte, and the content.
+func PCR11(sections []Section) []byte {
+	register := make(register, sha256.Size)
+	for _, name := range measured {
+		i := slices.IndexFunc(sections, func(s Section) bool { return s.Name == name })
+		if i < 0 {
+			continue
+		}
+		register.extend(append([]byte(name), 0))
+		register.extend(sections[i].Data)
+	}
+	return register
+}
+
+// PCR12 is the value of register 12 after systemd-boot 252 has measured the command line that it
+// passes on: in UTF-16, with the zero at the end.
+func PCR12(cmdline string) []byte {
+	register, text := make(register, sha256.Size), []byte{}
+	for _, unit := range append(utf16.Encode([]rune(cmdline)), 0) {
+		text = binary.LittleEndian.AppendUint16(text, unit)
+	}
+	register.extend(text)
+	return register
+}
+
+// register is a register of the bank sha256.
+type register []byte
+
+func (r register) extend(what []byte) {
+	digest := sha256.Sum256(what)
+	next := sha256.Sum256(append(slices.Clone(r), digest[:]...))
+	copy(r, next[:])
+}
+
+// Offsets in a PE file (PE Format, "COFF File Header" and "Optional Header PE32+").
+const (
+	peOffsetAt      = 0x3c
+	coffSize        = 20
+	sizeOfInitData  = 8  // in the optional header
+	sectionAlignAt  = 32 //
+	fileAlignAt     = 36
+	sizeOfImageAt   = 56
+	sizeOfHeadersAt = 60
+	checksumAt      = 64
+	sectionSize     = 40
+	initialisedRead = 0x40000040 // IMAGE_SCN_CNT_INITIALIZED_DATA | IMAGE_SCN_MEM_READ
+)
+
+// UKI adds sections to systemd's stub. The result has no signature, no checksum and no time.
+func UKI(stub []byte, sections []Section) ([]byte, error) {
+	f, err := pe.NewFile(bytes.NewReader(stub))
+	if err != nil {
+		return nil, fmt.Errorf("the stub: %w", err)
+	}
+	if _, is := f.OptionalHeader.(*pe.OptionalHeader64); !is {
+		return nil, errors.New("the stub is not PE32+")
+	}
+	le := binary.LittleEndian
+	out := bytes.Clone(stub)
+	coff := int(le.Uint32(out[peOffsetAt:])) + 4
+	optional := coff + coffSize
+	table := optional + int(f.FileHeader.SizeOfOptionalHeader)
+	at := table + len(f.Sections)*sectionSize
+	align, fileAlign := max(4096, le.Uint32(out[optional+sectionAlignAt:])), le.Uint32(out[optional+fileAlignAt:])
+	headers := le.Uint32(out[optional+sizeOfHeadersAt:])
+	up := func(n, to uint32) uint32 { return (n + to - 1) / to * to }
+
+	var free, first, end uint32
+	for i, s := range f.Sections {
+		free, end = max(free, s.VirtualAddress+s.VirtualSize), max(end, s.Offset+s.Size)
+		if i == 0 || s.Offset < first {
+			first = s.Offset
+		}
+	}
+	out = out[:end] // behind the sections are symbols only, and firmware and sbsign hash such a gap differently
+	if at+len(sections)*sectionSize > int(min(first, headers)) {
+		// The table needs room: what is behind the headers moves, in the file only.
+		grow := up(uint32(at+len(sections)*sectionSize), fileAlign) - headers
+		out = slices.Concat(out[:headers], make([]byte, grow), out[headers:])
+		for i := range f.Sections {
+			p := table + i*sectionSize + 20 // PointerToRawData
+			if offset := le.Uint32(out[p:]); offset != 0 {
+				le.PutUint32(out[p:], offset+grow)
+			}
+		}
+		headers += grow
+		le.PutUint32(out[optional+sizeOfHeadersAt:], headers)
+		for _, s := range f.Sections {
+			if s.VirtualAddress < headers {
+				return nil, errors.New("the stub has no room for more sections")
+			}
+		}
+	}
+	var added uint32
+	for _, s := range sections {
+		if len(s.Name) > 8 {
+			return nil, fmt.Errorf("section %s: its name is too long", s.Name)
+		}
+		free = up(free, align)
+		out = append(out, make([]byte, int(up(uint32(len(out)), fileAlign))-len(out))...)
+		header := out[at : at+sectionSize]
+		clear(header)
+		copy(header, s.Name)
+		raw := up(uint32(len(s.Data)), fileAlign)
+		for i, v := range []uint32{uint32(len(s.Data)), free, raw, uint32(len(out))} {
+			le.PutUint32(header[8+4*i:], v)
+		}
+		le.PutUint32(header[36:], initialisedRead)
+		out = append(append(out, s.Data...), make([]byte, int(raw)-len(s.Data))...)
+		free += uint32(len(s.Data))
+		added += raw
+		at += sectionSize
+	}
+	le.PutUint16(out[coff+2:], uint16(len(f.Sections)+len(sections)))
+	clear(out[coff+4 : coff+16]) // time, place and number of symbols
+	le.PutUint32(out[optional+sizeOfInitData:], le.Uint32(out[optional+sizeOfInitData:])+added)
+	le.PutUint32(out[optional+sizeOfImageAt:], up(free, align))
+	le.PutUint32(out[optional+checksumAt:], 0)
+	return out, nil
+}

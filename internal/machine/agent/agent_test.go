@@ -1,0 +1,231 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"countersign/internal/machine"
+)
+
+func must[T any](v T, err error) func(testing.TB) T {
+	return func(t testing.TB) T {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+}
+
+// TestSettings refuses what can't be, each with the setting and the value.
+func TestSettings(t *testing.T) {
+	for text, want := range map[string]string{
+		"colour = 1":                                     `line 1: "colour" is no setting`,
+		"[setup]\nshell = true":                          `line 2: "setup.shell" is no setting`,
+		"address = 1":                                    "line 1",
+		"address = [\"10.1.0.5\"]":                       `address: "10.1.0.5" is no address with its network`,
+		"address = [\"127.0.0.1/8\"]":                    "address",
+		"address = [\"10.1.0.5/24\\nDHCP=yes\"]":         "address",
+		"gateway = [\"10.1.0.1\"]":                       "with DHCP the gateway is the server's",
+		"dns = [\"ns.example.com\"]":                     `dns: "ns.example.com" is no IP address`,
+		"dns = [\"fe80::1%eth0\"]":                       "dns",
+		"time = [\"192.0.2.1\"]":                         "time",
+		"time = [\"a b\"]":                               "time",
+		"time = [\"x\\nallow 0/0\"]":                     "time",
+		"peers = [\"10.0.0.0/33\"]":                      "peers",
+		"reach = [\"any\"]":                              "reach",
+		"interface = \"eth0; rm\"":                       "interface",
+		"listen = 0":                                     "listen: 0 is no port for peers",
+		"listen = 65536":                                 "listen: 65536 is no port",
+		"listen = -1":                                    "listen: -1 is no port",
+		"listen = 7780":                                  "https and listen are both 7780",
+		"[setup]\ntoken = \"softhsm\"":                   "softhsm is for tries",
+		"[setup]\ntoken = \"x\"":                         "setup.token",
+		"[setup]\nname = \"192.0.2.1\"":                  "setup.name",
+		"[setup]\noperator = \"Ann\"":                    "setup.operator",
+		"[setup]\nssh_key = \"a\\nb\"":                   "more than one line",
+		strings.Repeat("#", maxSettings+1):               "at most 16384 are allowed",
+		"dns = [" + strings.Repeat("\"::1\",", 17) + "]": "dns: there are 17, and at most 16",
+	} {
+		_, err := ParseSettings([]byte(text))
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%.60q: %v, want %q", text, err, want)
+		}
+	}
+	s := must(ParseSettings([]byte(`
+address = ["10.1.0.5/24", "2001:db8::5/64"]
+gateway = ["10.1.0.1"]
+time = ["time.example.com"]
+listen = 1
+peers = ["10.2.0.9/16", "10.2.0.0/16", "2001:db8::/32"]
+reach = ["192.0.2.0/24"]
+[setup]
+operator = "ann"`)))(t)
+	again := must(ParseSettings([]byte(s.Text())))(t)
+	if again.Text() != s.Text() {
+		t.Error("the text of settings has other settings")
+	}
+	rules := s.Nftables()
+	for _, want := range []string{
+		"ip saddr { 10.2.0.0/16 } tcp dport 1 accept", "ip6 saddr { 2001:db8::/32 } tcp dport 1 accept",
+		"ip saddr { 10.1.0.0/24 } tcp dport 7780 accept", "ip daddr { 192.0.2.0/24 } meta skuid countersign accept",
+		"meta skuid _chrony tcp dport 4460 accept",
+	} {
+		if !strings.Contains(rules, want) {
+			t.Errorf("the firewall lacks %q:\n%s", want, rules)
+		}
+	}
+	if strings.Count(rules, "policy drop") != 3 || strings.Contains(rules, "dport 68") ||
+		strings.Contains(rules, "countersign-keys") {
+		t.Errorf("the firewall is too wide:\n%s", rules)
+	}
+	if n := s.Networkd(); !strings.Contains(n, "DHCP=no") || !strings.Contains(n, "Address=2001:db8::5/64") {
+		t.Error(n)
+	}
+}
+
+// TestInstall writes images beside the one that runs, over leftovers and full slots.
+func TestInstall(t *testing.T) {
+	esp := t.TempDir()
+	folder := filepath.Join(esp, imagesFolder)
+	must(0, os.MkdirAll(folder, 0o755))(t)
+	put := func(name string) { must(0, os.WriteFile(filepath.Join(folder, name), []byte(name), 0o600))(t) }
+	put("countersign_0.2.0.efi")
+	put("countersign_0.1.0+0-2.efi")
+	put("countersign_0.3.0+2.efi.new")
+	put("windows.efi")
+	const running = "countersign_0.2.0.efi"
+	if err := install(esp, "countersign_0.9.0.efi", "0.3.0", strings.NewReader("x")); err == nil {
+		t.Error("installed beside an image that the ESP does not have")
+	}
+	if err := install(esp, running, "0.2.0", strings.NewReader("x")); err == nil {
+		t.Error("the image that runs was replaced")
+	}
+	broken := io.MultiReader(strings.NewReader("half"), failing{})
+	if err := install(esp, running, "0.3.0", broken); err == nil {
+		t.Error("half an image was installed")
+	}
+	if names := list(t, folder); names != "countersign_0.2.0.efi windows.efi" {
+		t.Errorf("after a failure: %s", names)
+	}
+	must(0, install(esp, running, "0.3.0", strings.NewReader("new")))(t)
+	if names := list(t, folder); names != "countersign_0.2.0.efi countersign_0.3.0+2.efi windows.efi" {
+		t.Error(names)
+	}
+	all := must(slots(esp, running))(t)
+	if len(all) != 2 || !all[0].Running || all[0].Left != -1 || all[1].Running || all[1].Left != 2 {
+		t.Errorf("%+v", all)
+	}
+	// The name of a counted image changes at each try.
+	if all = must(slots(esp, "countersign_0.3.0+1-1.efi"))(t); !all[1].Running {
+		t.Errorf("%+v", all)
+	}
+}
+
+type failing struct{}
+
+func (failing) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
+
+func list(t *testing.T, folder string) string {
+	var names []string
+	for _, e := range must(os.ReadDir(folder))(t) {
+		names = append(names, e.Name())
+	}
+	return strings.Join(names, " ")
+}
+
+// screen is what a console has shown.
+type screen struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (s *screen) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(b)
+}
+
+func (s *screen) has(text string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return strings.Contains(strings.Join(strings.Fields(s.text.String()), " "), text)
+}
+
+// TestConsole shows a state with texts that would do something to a terminal, and resets only after
+// the right name.
+func TestConsole(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l := must(net.Listen("unix", socket))(t)
+	asked := make(chan string, 10)
+	status := machine.Status{
+		Image: machine.Image{Version: "0.2.0", Variant: "vm", Rollback: 3},
+		Report: &machine.Report{
+			At: time.Now().Unix(), Appliance: "pay-1", State: "degraded", Enrolled: true,
+			Causes: []string{"evil \x1b[2J\u202e\x07 text", "b", "c", "d"}, Noise: strings.Repeat("00", 32),
+		},
+		Failures: map[string]string{"disk": "locked"},
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet {
+			b, _ := io.ReadAll(r.Body)
+			asked <- r.URL.Path + " " + strings.TrimSpace(string(b))
+			return
+		}
+		json.NewEncoder(w).Encode(status)
+	})}
+	go server.Serve(l)
+	defer server.Close()
+	in, typed := io.Pipe()
+	out := new(screen)
+	c := &Console{In: in, Out: out, Client: machine.Client{Path: socket}}
+	done := make(chan error, 1)
+	go func() { done <- c.Run(t.Context()) }()
+	see := func(text string) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); !out.has(text); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("the console does not show %q:\n%s", text, out.text.String())
+			}
+		}
+	}
+	see("appliance pay-1: degraded")
+	see("FAILED disk: locked")
+	see("and 1 cause more")
+	see(strings.TrimSpace(strings.Repeat("abandon ", 23)) + " art") // BIP-39, test vectors
+	if text := out.text.String(); strings.ContainsAny(text, "\x1b\x07\u202e") {
+		t.Errorf("the console shows control characters: %q", text)
+	}
+	for _, line := range []string{"f", "pay", strings.Repeat("x", 10000), "r", "no"} {
+		io.WriteString(typed, line+"\n")
+	}
+	see("Type yes to reboot")
+	io.WriteString(typed, "f\n")
+	see("nothing was changed")
+	io.WriteString(typed, "pay-1\n")
+	if got := <-asked; got != `/reset {"name":"pay-1"}` {
+		t.Errorf("the console asks for %s", got)
+	}
+	io.WriteString(typed, "h\n")
+	see("PIN of the HSM's user, which is not shown")
+	io.WriteString(typed, "2468\n")
+	if got := <-asked; got != "/pin 2468" {
+		t.Errorf("the console asks for %s", got)
+	}
+	if out.has("2468") {
+		t.Error("the console shows the PIN")
+	}
+	typed.Close()
+	if err := <-done; err != nil || len(asked) > 0 {
+		t.Errorf("%v, %d", err, len(asked))
+	}
+}

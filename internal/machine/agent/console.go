@@ -1,0 +1,396 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+
+	"countersign/internal/cli"
+	"countersign/internal/machine"
+	"countersign/internal/secret"
+
+	"github.com/tyler-smith/go-bip39"
+	"golang.org/x/sys/unix"
+)
+
+// Console is one screen or serial line of the machine: the state of the machine and of the
+// appliance, and a menu in lines, which any terminal can show. There is nothing to log in to: a
+// reader knows the screen, and a person at the keys can choose from the menu.
+type Console struct {
+	In  io.Reader
+	Out io.Writer
+	machine.Client
+
+	lines chan string
+	shown string
+}
+
+// refresh is the time between two looks at the state.
+const refresh = 5 * time.Second
+
+// Words are 32 bytes, such as a key or a SHA-256, as the 24 words of BIP-39 in English: for people
+// who compare. The last word has 8 bits of a checksum.
+func Words(value string) (string, error) {
+	b, err := hex.DecodeString(value)
+	if err != nil || len(b) != 32 {
+		return "", errors.New("these are not 32 bytes in hex")
+	}
+	return bip39.NewMnemonic(b)
+}
+
+// Run shows the console until ctx ends or nobody can type any more.
+func (c *Console) Run(ctx context.Context) error {
+	c.lines = make(chan string)
+	go func() {
+		defer close(c.lines)
+		in := bufio.NewReaderSize(io.LimitReader(c.In, 1<<40), 4096)
+		for {
+			line, err := in.ReadSlice('\n')
+			if err == bufio.ErrBufferFull {
+				continue // longer than any answer
+			} else if err != nil {
+				return
+			}
+			select {
+			case c.lines <- strings.TrimSpace(string(line)):
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	for {
+		c.show(ctx)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(refresh):
+		case line, open := <-c.lines:
+			if !open {
+				return nil
+			}
+			c.choose(ctx, line)
+			c.shown = ""
+		}
+	}
+}
+
+// say prints lines. A serial line wants a carriage return, which the terminal's driver adds.
+func (c *Console) say(format string, args ...any) { fmt.Fprintf(c.Out, format+"\n", args...) }
+
+// plain takes control characters out of a text.
+func plain(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' {
+			return ' '
+		}
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, text)
+	return text[:min(len(text), 600)]
+}
+
+// wrapped prints a text in lines of at most 78 columns, behind a name.
+func wrapped(b *strings.Builder, name, text string) {
+	line := fmt.Sprintf("%-12s", name)
+	for word := range strings.FieldsSeq(plain(text)) {
+		if len(line)+1+len(word) > 78 {
+			b.WriteString(line + "\n")
+			line = strings.Repeat(" ", 12)
+		}
+		line += " " + word
+	}
+	b.WriteString(line + "\n")
+}
+
+// show shows the state, if it is another one than the last time.
+func (c *Console) show(ctx context.Context) {
+	var b strings.Builder
+	s, err := c.Status(ctx)
+	if err != nil {
+		wrapped(&b, "machine", "starts: "+err.Error())
+	} else {
+		c.describe(&b, s)
+	}
+	b.WriteString("\n  n network   t time   l link of the first administrator   e settings of the ESP\n" +
+		"  h PIN of an HSM   r reboot   p power off   f factory reset   (a letter, then Enter)\n")
+	if text := b.String(); text != c.shown {
+		c.shown = text
+		fmt.Fprintf(c.Out, "\n%s\n%s> ", strings.Repeat("=", 78), text)
+	}
+}
+
+// describe writes the state for people.
+func (c *Console) describe(b *strings.Builder, s machine.Status) {
+	wrapped(b, "Countersign", fmt.Sprintf("%s, image %s, rollback version %d", s.Image.Version, s.Image.Variant,
+		s.Image.Rollback))
+	if s.Image.Test {
+		wrapped(b, "TEST KEYS", "the keys of this image are test keys, which everybody may have: it protects nothing")
+	}
+	if s.Try {
+		wrapped(b, "TRY", "the disk of this machine is not protected, and Secure Boot may be off: for tries only")
+	}
+	for _, step := range slices.Sorted(maps.Keys(s.Failures)) {
+		wrapped(b, "FAILED", step+": "+s.Failures[step])
+	}
+	if p := s.Pending; p != nil {
+		text := fmt.Sprintf("%s to %s: %s", p.From, p.Manifest.Version, p.Phase)
+		if p.Why != "" {
+			text += ": " + p.Why
+		}
+		wrapped(b, "update", text)
+	}
+	if len(s.Addrs) == 0 {
+		wrapped(b, "network", "no address")
+	} else {
+		wrapped(b, "network", strings.Join(s.Addrs, " "))
+	}
+	if s.Changed {
+		wrapped(b, "settings", "countersign.toml on the ESP has other settings than those in force, and counts for "+
+			"nothing: e shows it")
+	}
+	r := s.Report
+	if r == nil {
+		wrapped(b, "appliance", "not up yet")
+		return
+	}
+	state := r.State
+	if age := time.Since(time.Unix(r.At, 0)); age > time.Minute {
+		state = fmt.Sprintf("has said nothing for %s; before: %s", age.Round(time.Second), state)
+	}
+	wrapped(b, "appliance", r.Appliance+": "+state)
+	for i, each := range r.Causes {
+		if i == 3 {
+			wrapped(b, "", fmt.Sprintf("and %s more", cli.Count(uint64(len(r.Causes)-i), "cause")))
+			break
+		}
+		wrapped(b, "", each)
+	}
+	if !r.Enrolled {
+		wrapped(b, "operators", "none yet: l makes the link for the first administrator")
+	}
+	for _, k := range []struct{ name, value string }{{"Noise key", r.Noise}, {"HTTPS CA", r.CA}} {
+		if k.value == "" {
+			continue
+		}
+		wrapped(b, k.name, k.value)
+		if words, err := Words(k.value); err == nil {
+			wrapped(b, "", words)
+		}
+	}
+}
+
+// answerTime is the time for an answer, after which the question is withdrawn.
+const answerTime = 2 * time.Minute
+
+// ask asks a question; ok is an answer.
+func (c *Console) ask(ctx context.Context, format string, args ...any) (answer string, ok bool) {
+	fmt.Fprintf(c.Out, format+": ", args...)
+	select {
+	case <-ctx.Done():
+	case <-time.After(answerTime):
+		c.say("\nno answer came: nothing was changed")
+	case answer, ok = <-c.lines:
+	}
+	return answer, ok
+}
+
+// choose carries out a line of the menu.
+func (c *Console) choose(ctx context.Context, line string) {
+	var err error
+	switch line {
+	case "":
+		return
+	case "n":
+		err = c.network(ctx)
+	case "t":
+		err = c.time(ctx)
+	case "e":
+		err = c.offered(ctx)
+	case "l":
+		err = c.link(ctx)
+	case "r", "p":
+		what, do := "reboot", c.Restart
+		if line == "p" {
+			what, do = "power off", c.PowerOff
+		}
+		if answer, _ := c.ask(ctx, "Type yes to %s", what); answer == "yes" {
+			err = do(ctx)
+		}
+	case "h":
+		err = c.pin(ctx)
+	case "f":
+		err = c.reset(ctx)
+	default:
+		c.say("%q is none of the letters", plain(line))
+	}
+	if err != nil {
+		c.say("not done: %s", plain(err.Error()))
+	}
+}
+
+// network asks for addresses.
+func (c *Console) network(ctx context.Context) error {
+	s, err := c.settings(ctx)
+	if err != nil {
+		return err
+	}
+	c.say("Empty keeps what is in brackets, and - is none.")
+	list := func(what string, now []string, otherwise string) (all []string, ok bool) {
+		is := strings.Join(now, " ")
+		if is == "" {
+			is = otherwise
+		}
+		answer, ok := c.ask(ctx, "%s [%s]", what, is)
+		switch answer {
+		case "":
+			return now, ok
+		case "-", otherwise:
+			return nil, ok
+		}
+		return strings.Fields(answer), ok
+	}
+	var ok bool
+	if s.Address, ok = list("Addresses with their networks, such as 10.1.0.5/24, or dhcp", s.Address, "dhcp"); !ok {
+		return nil
+	}
+	if len(s.Address) == 0 {
+		s.Gateway = nil
+	} else if s.Gateway, ok = list("Gateway", s.Gateway, "none"); !ok {
+		return nil
+	}
+	if s.DNS, ok = list("Name servers", s.DNS, "none"); !ok {
+		return nil
+	}
+	return c.put(ctx, s)
+}
+
+func (c *Console) time(ctx context.Context) error {
+	s, err := c.settings(ctx)
+	if err != nil {
+		return err
+	}
+	answer, ok := c.ask(ctx, "Names of time servers with NTS [%s], - is none", strings.Join(s.Time, " "))
+	switch {
+	case !ok || answer == "":
+		return nil
+	case answer == "-":
+		s.Time = nil
+	default:
+		s.Time = strings.Fields(answer)
+	}
+	return c.put(ctx, s)
+}
+
+func (c *Console) settings(ctx context.Context) (Settings, error) {
+	doc, err := c.Settings(ctx)
+	if err != nil {
+		return Settings{}, err
+	}
+	return ParseSettings([]byte(doc.Text))
+}
+
+// put shows settings and puts them in force after a yes.
+func (c *Console) put(ctx context.Context, s Settings) error {
+	if err := s.Check(); err != nil {
+		return err
+	}
+	shown := s
+	shown.Setup = Setup{}
+	c.say("\n%s", strings.TrimSpace(shown.Text()))
+	if answer, _ := c.ask(ctx, "Type yes to put these settings in force"); answer != "yes" {
+		c.say("nothing was changed")
+		return nil
+	}
+	return c.Change(ctx, s.Text())
+}
+
+// offered shows the settings of the ESP.
+func (c *Console) offered(ctx context.Context) error {
+	doc, err := c.Settings(ctx)
+	if err != nil {
+		return err
+	}
+	if doc.Offered == "" || doc.Offered == doc.Text {
+		c.say("the ESP has no countersign.toml with other settings")
+		return nil
+	}
+	s, err := ParseSettings([]byte(doc.Offered))
+	if err != nil {
+		return err
+	}
+	return c.put(ctx, s)
+}
+
+func (c *Console) link(ctx context.Context) error {
+	name, ok := c.ask(ctx, "Name of the first administrator")
+	if !ok || name == "" {
+		return nil
+	}
+	url, err := c.Link(ctx, name)
+	if err != nil {
+		return err
+	}
+	c.say("\n%s\n\nThe link makes the passkey of %s, once, within 30 minutes. Compare the words of the HTTPS CA.",
+		plain(url), plain(name))
+	c.ask(ctx, "Enter goes on")
+	return nil
+}
+
+// pin asks for the PIN of an HSM's user, and shows none of it.
+func (c *Console) pin(ctx context.Context) error {
+	defer withoutEcho(c.In)()
+	typed, ok := c.ask(ctx, "PIN of the HSM's user, which is not shown")
+	c.say("")
+	if !ok || typed == "" {
+		return nil
+	}
+	pin := secret.Of(typed)
+	defer pin.Wipe()
+	return c.PIN(ctx, pin)
+}
+
+// withoutEcho has a terminal show nothing of what is typed, until the result is called.
+func withoutEcho(in io.Reader) (restore func()) {
+	f, is := in.(*os.File)
+	if !is {
+		return func() {}
+	}
+	fd := int(f.Fd())
+	before, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return func() {}
+	}
+	silent := *before
+	silent.Lflag &^= unix.ECHO
+	unix.IoctlSetTermios(fd, unix.TCSETS, &silent)
+	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, before) }
+}
+
+func (c *Console) reset(ctx context.Context) error {
+	s, err := c.Status(ctx)
+	if err != nil {
+		return err
+	}
+	name := "countersign"
+	if s.Report != nil && s.Report.Appliance != "" {
+		name = s.Report.Appliance
+	}
+	c.say("A factory reset destroys all keys and the ledger of this appliance. Only a backup brings them back.")
+	answer, ok := c.ask(ctx, "Type %s to destroy it", plain(name))
+	if !ok || answer != name {
+		c.say("nothing was changed")
+		return nil
+	}
+	return c.Reset(ctx, answer)
+}

@@ -1,0 +1,221 @@
+// Package machine is what the daemon and the consoles ask the machine's agent for, on a machine
+// that was booted from the image. The agent itself is in package agent.
+package machine
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"countersign/internal/manage"
+	"countersign/internal/secret"
+	"countersign/internal/update"
+)
+
+// Socket is the Unix socket of the machine's agent.
+const Socket = "/run/countersign-machine/agent.sock"
+
+// Image is what an image says of itself.
+type Image struct {
+	Version  string `json:"version"`
+	Variant  string `json:"variant"`  // vm or rack
+	Rollback uint64 `json:"rollback"` // the rollback version
+	Test     bool   `json:"test"`     // made with test keys
+}
+
+// Slot is an image on the ESP.
+type Slot struct {
+	File    string `json:"file"`
+	Version string `json:"version"`
+	Left    int    `json:"left"` // tries; -1: proven
+	Running bool   `json:"running"`
+}
+
+// Phases of an update.
+const (
+	PhaseInstalled = "installed" // on the ESP, and not proven
+	PhaseProven    = "proven"
+	PhaseFailed    = "failed" // the machine runs the image of before again
+)
+
+// Pending is an update that the audit log does not have the end of yet.
+type Pending struct {
+	Phase    string          `json:"phase"`
+	From     string          `json:"from"` // version
+	Manifest update.Manifest `json:"manifest"`
+	Why      string          `json:"why,omitempty"` // of a failure
+}
+
+// Status is the state of the machine.
+type Status struct {
+	Image    Image             `json:"image"`
+	Slots    []Slot            `json:"slots"`
+	Pending  *Pending          `json:"pending,omitempty"`
+	Uploaded *update.Manifest  `json:"uploaded,omitempty"`
+	Try      bool              `json:"try"`       // the disk is not protected
+	Failures map[string]string `json:"failures"`  // of steps of the boot
+	Addrs    []string          `json:"addresses"` // of the network
+	Report   *Report           `json:"report,omitempty"`
+	// Changed says that the ESP offers other settings than those in force.
+	Changed bool `json:"changed,omitempty"`
+}
+
+// Report is what the daemon says of the appliance.
+type Report struct {
+	At        int64    `json:"at"` // Unix seconds
+	Appliance string   `json:"appliance"`
+	State     string   `json:"state"`
+	Causes    []string `json:"causes"`
+	Noise     string   `json:"noise"` // public key, hex
+	CA        string   `json:"ca"`    // SHA-256 of the certificate, hex; "" is none
+	Enrolled  bool     `json:"enrolled"`
+}
+
+// Client asks the agent. The zero value asks at Socket.
+type Client struct{ Path string }
+
+// Refusal is the document of a refusal.
+type Refusal struct {
+	Error    string `json:"error"`
+	Conflict bool   `json:"conflict,omitempty"`
+}
+
+// do asks the agent, and decodes the answer into out.
+func (c Client) do(ctx context.Context, method, path string, body io.Reader, out any) error {
+	socket := c.Path
+	if socket == "" {
+		socket = Socket
+	}
+	h := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+	}}
+	r, err := http.NewRequestWithContext(ctx, method, "http://machine"+path, body)
+	if err != nil {
+		return err
+	}
+	answer, err := h.Do(r)
+	if err != nil {
+		return fmt.Errorf("the machine's agent: %w", err)
+	}
+	defer answer.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(answer.Body, 1<<20))
+	if err != nil {
+		return fmt.Errorf("the machine's agent: %w", err)
+	}
+	if answer.StatusCode != http.StatusOK {
+		var e Refusal
+		if json.Unmarshal(b, &e) != nil || e.Error == "" {
+			e.Error = answer.Status
+		}
+		if e.Conflict {
+			return fmt.Errorf("%w: %s", manage.ErrConflict, e.Error)
+		}
+		return errors.New(e.Error)
+	}
+	if out == nil {
+		return nil
+	}
+	return json.Unmarshal(b, out)
+}
+
+func (c Client) post(ctx context.Context, path string, in, out any) error {
+	b, err := json.Marshal(in)
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, http.MethodPost, path, bytes.NewReader(b), out)
+}
+
+// Status returns the state of the machine.
+func (c Client) Status(ctx context.Context) (s Status, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return s, c.do(ctx, http.MethodGet, "/status", nil, &s)
+}
+
+// MaxPart is the maximum length of a part of an upload, in bytes.
+const MaxPart = 256 << 10
+
+// Upload gives a part of an update's file to the agent. The first part has the offset 0, and each
+// further one begins where the one before has ended.
+func (c Client) Upload(ctx context.Context, offset int64, part []byte) error {
+	return c.do(ctx, http.MethodPut, fmt.Sprintf("/update?offset=%d", offset), bytes.NewReader(part), nil)
+}
+
+// EndUpload has the agent verify the uploaded file and keep it, until another one comes.
+func (c Client) EndUpload(ctx context.Context) (m update.Manifest, err error) {
+	return m, c.post(ctx, "/update/end", struct{}{}, &m)
+}
+
+// Named is the body of an act about one thing.
+type Named struct {
+	Name string `json:"name"`
+}
+
+// Install writes the uploaded image with the digest of its manifest beside the one that runs.
+func (c Client) Install(ctx context.Context, digest string) error {
+	return c.post(ctx, "/install", Named{digest}, nil)
+}
+
+// Prove says that the appliance works in the new image: from here on, the machine starts it without
+// a count of tries, and opens its disk in no image with an older rollback version.
+func (c Client) Prove(ctx context.Context, version string) error {
+	return c.post(ctx, "/prove", Named{version}, nil)
+}
+
+// Report says how the appliance is.
+func (c Client) Report(ctx context.Context, r Report) error { return c.post(ctx, "/report", r, nil) }
+
+// Settle says that the audit log has the end of the update.
+func (c Client) Settle(ctx context.Context, version string) error {
+	return c.post(ctx, "/settle", Named{version}, nil)
+}
+
+// Restart and PowerOff stop the machine in order.
+func (c Client) Restart(ctx context.Context) error  { return c.post(ctx, "/reboot", struct{}{}, nil) }
+func (c Client) PowerOff(ctx context.Context) error { return c.post(ctx, "/poweroff", struct{}{}, nil) }
+
+// Reset destroys the key of the disk, and restarts the machine as a new one. name must be that of
+// the machine.
+func (c Client) Reset(ctx context.Context, name string) error {
+	return c.post(ctx, "/reset", Named{name}, nil)
+}
+
+// Settings returns the settings in force as text, with those that the ESP offers.
+func (c Client) Settings(ctx context.Context) (s SettingsDoc, err error) {
+	return s, c.do(ctx, http.MethodGet, "/settings", nil, &s)
+}
+
+// SettingsDoc has the settings in force and those of the ESP, which count for nothing by
+// themselves.
+type SettingsDoc struct {
+	Text    string `json:"text"`
+	Offered string `json:"offered,omitempty"`
+}
+
+// Change puts settings in force.
+func (c Client) Change(ctx context.Context, text string) error {
+	return c.do(ctx, http.MethodPut, "/settings", strings.NewReader(text), nil)
+}
+
+// PIN gives the machine the PIN of the HSM's user, at the first boot. The caller wipes the PIN.
+func (c Client) PIN(ctx context.Context, pin secret.Bytes) error {
+	return c.do(ctx, http.MethodPut, "/pin", bytes.NewReader(pin.Expose()), nil)
+}
+
+// Link makes a link for the passkey of the first administrator.
+func (c Client) Link(ctx context.Context, name string) (url string, err error) {
+	var out Named
+	err = c.post(ctx, "/link", Named{name}, &out)
+	return out.Name, err
+}
