@@ -499,7 +499,13 @@ func (v *vm) operator() *operator {
 	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	must(0, cmd.Start())(v.t)
 	v.t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	v.eventually(10*time.Second, "the agent listens", func() bool { return exists(agent) })
+	v.eventually(10*time.Second, "the agent listens", func() bool {
+		conn, err := net.Dial("unix", agent) // bind makes the file, and listen comes after that
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
 	o := &operator{v, []string{"HOME=" + home, "SSH_AUTH_SOCK=" + agent}}
 	outputIn(v.t, o.env, "ssh-add", "-q", v.maker.path("ann"))
 	ca := filepath.Join(home, "ca.pem")
