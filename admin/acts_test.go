@@ -52,10 +52,11 @@ func inDays(n int) string { return time.Now().AddDate(0, 0, n).UTC().Format(time
 // actCases has a case for each act that needs approval: a function that prepares the appliance, and
 // returns the parameters of the proposal as names and values.
 var actCases = map[string]func(r *rig, root *api.Client) []string{
-	approval.ActBackupRestore: nil, // not on a running appliance
-	approval.ActFactoryReset:  nil, // nor this
-	approval.ActMachineUpdate: nil, // for a machine that was booted from the image: package image tests both
-	approval.ActMachineReset:  nil,
+	approval.ActBackupRestore:    nil, // not on a running appliance
+	approval.ActFactoryReset:     nil, // nor this
+	approval.ActMachineUpdate:    nil, // for a machine that was booted from the image: package image tests these
+	approval.ActMachineReset:     nil,
+	approval.ActMachineConfigure: nil,
 	approval.ActScraperAdd: func(*rig, *api.Client) []string {
 		return []string{"name", "prometheus", "token_sha256", strings.Repeat("0a", 32), "expires", inDays(365)}
 	},

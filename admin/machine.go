@@ -2,6 +2,8 @@ package admin
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"maps"
 	"slices"
@@ -26,7 +28,7 @@ func (s *server) noMachine() error {
 
 func (s *server) machine(ctx context.Context, _ caller, _ *none) (api.Machine, error) {
 	if s.Machine == nil {
-		return api.Machine{Slots: []api.MachineSlot{}, Failures: []string{}}, nil
+		return api.Machine{Slots: []api.MachineSlot{}, Files: []api.MachineFile{}, Failures: []string{}}, nil
 	}
 	st, err := s.Machine.Status(ctx)
 	if err != nil {
@@ -39,6 +41,7 @@ func (s *server) machine(ctx context.Context, _ caller, _ *none) (api.Machine, e
 		Slots: docs(st.Slots, func(x machine.Slot) api.MachineSlot {
 			return api.MachineSlot{Version: x.Version, Running: x.Running, Proven: x.Left < 0, Left: max(x.Left, 0)}
 		}),
+		Files: docs(st.Files, func(f machine.File) api.MachineFile { return api.MachineFile(f) }),
 	}
 	if p := st.Pending; p != nil {
 		doc.Update = &api.MachineUpdate{From: p.From, To: p.Manifest.Version, Phase: p.Phase, Why: p.Why}
@@ -46,6 +49,9 @@ func (s *server) machine(ctx context.Context, _ caller, _ *none) (api.Machine, e
 	if st.Uploaded != nil {
 		m := manifestDoc(*st.Uploaded)
 		doc.Uploaded = &m
+	}
+	if c := st.Configuration; c != nil {
+		doc.Configuration = &api.MachineConfiguration{SHA256: c.SHA256, Phase: c.Phase, Why: c.Why}
 	}
 	for _, step := range slices.Sorted(maps.Keys(st.Failures)) {
 		doc.Failures = append(doc.Failures, step+": "+st.Failures[step])
@@ -101,6 +107,14 @@ func machineActs(m *machine.Client) map[string]act {
 		approval.ActMachineReset: {func(a *appliance.Appliance, p parameters, _ []byte) (parameters, do, error) {
 			return resetMachine(a, m, p)
 		}, nil},
+		approval.ActMachineConfigure: {
+			func(a *appliance.Appliance, p parameters, content []byte) (parameters, do, error) {
+				return configureMachine(a, m, p, content)
+			},
+			func(*appliance.Appliance, parameters, []byte) []string {
+				return []string{"the daemon starts anew at once, and serves nobody for some seconds"}
+			},
+		},
 	}
 }
 
@@ -188,4 +202,95 @@ func resetMachine(a *appliance.Appliance, client *machine.Client, p parameters) 
 		}
 		return client.Reset(ctx, v["name"])
 	}, nil
+}
+
+// configureMachine puts the content of the proposal in force as the configuration.
+func configureMachine(
+	a *appliance.Appliance, client *machine.Client, p parameters, content []byte,
+) (parameters, do, error) {
+	if client == nil {
+		return nil, nil, conflict.errorf("the appliance is a program on a host: root changes its configuration")
+	}
+	v, err := values(p, "from", "?sha256")
+	if err != nil {
+		return nil, nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), machineTime)
+	defer cancel()
+	now, err := client.Configuration(ctx)
+	if err != nil {
+		return nil, nil, unavailable.errorf("%v", err)
+	}
+	from, next := hexDigest([]byte(now)), hexDigest(content)
+	switch {
+	case v["from"] != from:
+		return nil, nil, conflict.errorf("machine configure: the configuration with SHA-256 %s is in force no more, "+
+			"but %s: make the change anew", v["from"], from)
+	case v["sha256"] != "" && v["sha256"] != next:
+		return nil, nil, invalid.errorf("machine configure: its content has the SHA-256 %s", next)
+	}
+	if err := client.CheckConfiguration(ctx, string(content)); err != nil {
+		return nil, nil, invalid.errorf("machine configure: %v", err)
+	}
+	return list("from", from, "sha256", next), func(ctx context.Context, who audit.Actor) error {
+		if err := a.Record(ctx, audit.NewMachineConfigurationBegun(who, next, from)); err != nil {
+			return err
+		}
+		if err := client.Configure(ctx, string(content)); err != nil {
+			return errors.Join(err, a.Record(ctx, audit.NewMachineConfigurationFailed(next, err.Error())))
+		}
+		return nil
+	}, notRolledBack(a)
+}
+
+func hexDigest(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
+func (s *server) machineConfiguration(ctx context.Context, _ caller, _ *none) (api.Configuration, error) {
+	if s.Machine == nil {
+		return api.Configuration{}, nil
+	}
+	text, err := s.Machine.Configuration(ctx)
+	if err != nil {
+		return api.Configuration{}, unavailable.errorf("%v", err)
+	}
+	return api.Configuration{Text: text, SHA256: hexDigest([]byte(text))}, nil
+}
+
+// putMachineFile has its event before the file: a file without an event can't be.
+func (s *server) putMachineFile(ctx context.Context, who caller, in *struct {
+	Name    string `path:"name" pattern:"^[a-z0-9][a-z0-9._-]{0,63}$"`
+	RawBody []byte `contentType:"application/octet-stream"`
+}) error {
+	if err := s.noMachine(); err != nil {
+		return err
+	}
+	defer clear(in.RawBody)
+	st, err := onMachine(s.Machine)
+	if err != nil {
+		return err
+	}
+	if slices.ContainsFunc(st.Files, func(f machine.File) bool { return f.Name == in.Name }) {
+		return conflict.errorf("there is a file %s already: give this one another name, which the configuration "+
+			"then has", in.Name)
+	}
+	if err := s.Appliance.Record(ctx, audit.NewMachineFileKept(who.actor(), in.Name, len(in.RawBody))); err != nil {
+		return err
+	}
+	if err := s.Machine.PutFile(ctx, in.Name, in.RawBody); err != nil {
+		return conflict.errorf("%v", err)
+	}
+	return nil
+}
+
+func (s *server) removeMachineFile(ctx context.Context, who caller, in *named) error {
+	if err := s.noMachine(); err != nil {
+		return err
+	}
+	if err := s.Machine.RemoveFile(ctx, in.Name); err != nil {
+		return conflict.errorf("%v", err)
+	}
+	return s.Appliance.Record(ctx, audit.NewMachineFileRemoved(who.actor(), in.Name))
 }

@@ -337,6 +337,18 @@ func (s *server) routes() {
 	route(s, s.endUpload, operation{
 		route: "POST /v1/machine/update", id: "end-upload", summary: "Have the machine verify the uploaded update",
 		roles: of(administrator), refused: whileUninitialised})
+	route(s, s.machineConfiguration, operation{
+		route: "GET /v1/machine/configuration", id: "machine-configuration",
+		summary: "Show the configuration of an appliance that was booted from the image",
+		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
+	routeEmpty(s, s.putMachineFile, operation{
+		route: "PUT /v1/machine/files/{name}", id: "put-machine-file",
+		summary: "Keep a file on the machine, such as a password, for the configuration to name",
+		roles:   of(administrator), refused: whileUninitialised, body: machine.MaxFile + 1})
+	routeEmpty(s, s.removeMachineFile, operation{
+		route: "DELETE /v1/machine/files/{name}", id: "remove-machine-file",
+		summary: "Remove a file of the machine that the configuration does not name",
+		roles:   of(administrator), refused: whileUninitialised})
 	routeEmpty(s, s.restartMachine, operation{
 		route: "POST /v1/machine/restart", id: "restart-machine", summary: "Restart the machine",
 		roles: of(administrator), refused: whileUninitialised})

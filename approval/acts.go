@@ -42,6 +42,7 @@ const (
 	ActFactoryReset     = "factory reset"
 	ActMachineUpdate    = "machine update"
 	ActMachineReset     = "machine reset"
+	ActMachineConfigure = "machine configure"
 )
 
 // gate connects an act with its proposers, and with the event that records the act in the log.
@@ -195,6 +196,10 @@ var gates = []gate{
 		}},
 	{ActMachineReset, administrators, audit.MachineResetBegun, nil,
 		func(resource string, _ map[string]string) []Parameter { return []Parameter{{"name", resource}} }},
+	{ActMachineConfigure, administrators, audit.MachineConfigurationBegun, nil,
+		func(resource string, m map[string]string) []Parameter {
+			return []Parameter{{"from", m["from"]}, {"sha256", resource}}
+		}},
 	{ActScraperAdd, administrators, audit.ScraperAdded, nil, func(resource string, m map[string]string) []Parameter {
 		return []Parameter{{"name", resource}, {"token_sha256", m["token_sha256"]}, {"expires", m["expires"]}}
 	}},

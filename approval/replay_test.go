@@ -304,6 +304,8 @@ func (s *scenario) gatedActs() []gatedAct {
 			audit.NewFactoryResetBegun(audit.Actor{}, "pay-1", "12 events", "main: 4"), nil},
 		{"machine update", []string{"version", "0.3.0", "from", "0.2.0", "sha256", "ab"},
 			audit.NewMachineUpdateBegun(audit.Actor{}, "0.3.0", "0.2.0", "ab", 2), nil},
+		{"machine configure", []string{"from", "ab", "sha256", "cd"},
+			audit.NewMachineConfigurationBegun(audit.Actor{}, "cd", "ab"), nil},
 		{"machine reset", []string{"name", "pay-1"}, audit.NewMachineResetBegun(audit.Actor{}, "pay-1"), nil},
 		{"approvals hardware", []string{"required", "no"},
 			audit.Event{Type: audit.ApproverKeysChanged, Metadata: with("required", "no")}, nil},
@@ -399,7 +401,7 @@ func TestEveryActHasACase(t *testing.T) {
 
 func TestReplay(t *testing.T) {
 	s := beginning(t)
-	for _, g := range s.gatedActs()[:22] {
+	for _, g := range s.gatedActs()[:23] {
 		s.carryOut(both, g.event, g.act, g.parameters...)
 	}
 	// Acts that do not widen a permission need no approval.

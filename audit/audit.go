@@ -127,6 +127,14 @@ const (
 	AlertRepeated       Type = "AlertRepeated"     // receivers are told again of an alert that fires for long
 	AlertTested         Type = "AlertTested"       // an operator has the receivers of alerts sent a test
 	WebhookQueued       Type = "WebhookQueued"     // of a rotation or a compromise; metadata message, digest
+
+	// The configuration of a machine that was booted from the image; resource: its SHA-256.
+	MachineConfigurationBegun  Type = "MachineConfigurationBegun"  // metadata from
+	MachineConfigured          Type = "MachineConfigured"          // the daemon came up with it
+	MachineConfigurationFailed Type = "MachineConfigurationFailed" // the one of before is in force; metadata cause
+	// A file that a configuration can name; resource: its name.
+	MachineFileKept    Type = "MachineFileKept" // metadata size
+	MachineFileRemoved Type = "MachineFileRemoved"
 )
 
 // Kind is the role of an event in the rules of the ledger.
@@ -164,6 +172,8 @@ var kinds = map[Type]Kind{
 	DrillFailed:    Other,
 	BackupRestored: Other, FactoryResetBegun: Other,
 	MachineUpdateBegun: Other, MachineUpdated: Other, MachineUpdateFailed: Other, MachineResetBegun: Other,
+	MachineConfigurationBegun: Other, MachineConfigured: Other, MachineConfigurationFailed: Other,
+	MachineFileKept: Other, MachineFileRemoved: Other,
 	RetentionChanged: Other, RetentionApplied: Other, LegalHoldSet: Other, LegalHoldReleased: Other,
 	LedgerCompacted: Other, DeviceUnavailable: Other, DeviceRecovered: Other, TokenRetried: Other,
 	LogLevelChanged: Other,

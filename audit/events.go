@@ -583,6 +583,34 @@ func NewMachineResetBegun(who Actor, appliance string) Event {
 	return newEvent(MachineResetBegun, who, "machine reset", appliance)
 }
 
+// NewMachineConfigurationBegun records that the machine is about to put a configuration in force:
+// its SHA-256 in hex, and that of the one before.
+func NewMachineConfigurationBegun(who Actor, digest, from string) Event {
+	return newEvent(MachineConfigurationBegun, who, "machine configure", digest, "from", from)
+}
+
+// NewMachineConfigured records that the daemon has come up with a configuration.
+func NewMachineConfigured(digest string) Event {
+	return newEvent(MachineConfigured, Daemon(), "machine configure", digest)
+}
+
+// NewMachineConfigurationFailed records that the daemon did not come up with a configuration, and
+// that the one of before is in force again.
+func NewMachineConfigurationFailed(digest, cause string) Event {
+	return newEvent(MachineConfigurationFailed, Daemon(), "machine configure", digest, "cause", cause)
+}
+
+// NewMachineFileKept records a file that a configuration can name. size is in bytes; a hash would
+// tell of a password.
+func NewMachineFileKept(who Actor, name string, size int) Event {
+	return newEvent(MachineFileKept, who, "machine file put", name, "size", decimal(size))
+}
+
+// NewMachineFileRemoved records that such a file is gone.
+func NewMachineFileRemoved(who Actor, name string) Event {
+	return newEvent(MachineFileRemoved, who, "machine file remove", name)
+}
+
 // NewBackupProven records a drill, which has restored a backup (see NewBackupMade) where nobody can
 // reach the result: the events in the tree of the backup, the time that the ledger with its lists
 // of writes reaches, and what was proven and what could not be. holders have brought the

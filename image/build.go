@@ -371,14 +371,21 @@ func (o Options) pack(ctx context.Context, root, to string) error {
 // modulesFolder has vendors' modules, with the libraries that the image does not have.
 const modulesFolder = "usr/lib/countersign-modules"
 
-// packModules makes an initrd of their own of vendors' modules. The kernel unpacks it over the one
-// before.
+// packModules makes an initrd of their own of vendors' modules and their configuration files. The
+// kernel unpacks it over the one before.
 func (o Options) packModules(root string, to io.Writer) error {
 	own := filepath.Join(o.Work, "modules")
 	libraries := map[string]bool{} // those of modules that other modules need: the loader must find them
+	names := map[string]bool{}
 	for _, path := range o.Modules {
+		if name := filepath.Base(path); names[name] {
+			return fmt.Errorf("module %s: another one has the name %s, too", path, name)
+		}
+		names[filepath.Base(path)] = true
 		f, err := elf.Open(path)
-		if err != nil {
+		if format := new(elf.FormatError); errors.As(err, &format) {
+			continue // a configuration file
+		} else if err != nil {
 			return fmt.Errorf("module %s: %w", path, err)
 		}
 		needed, err := f.ImportedLibraries()

@@ -50,6 +50,11 @@ func need(t testing.TB, programs ...string) {
 	}
 }
 
+// public is the public key of the maker with a name, as a line of OpenSSH without a comment.
+func (m *maker) public(t testing.TB, name string) string {
+	return strings.Join(strings.Fields(string(must(os.ReadFile(m.path(name + ".pub")))(t)))[:2], " ")
+}
+
 // output runs a program of this machine.
 func output(t testing.TB, program string, args ...string) string {
 	t.Helper()
@@ -89,7 +94,7 @@ var theMaker = sync.OnceValues(func() (*maker, error) {
 		}
 		return nil
 	}
-	for _, key := range []string{"release-1", "release-2", "ann"} {
+	for _, key := range []string{"release-1", "release-2", "ann", "recovery", "alice", "carol", "erin"} {
 		err = errors.Join(err, run(nil, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", m.path(key)))
 	}
 	test := []string{"TEST=1"}
@@ -185,6 +190,7 @@ type vm struct {
 	https int
 
 	direct *built   // boots this image without a firmware
+	drive  string   // a second disk, with a FAT file system
 	extra  []string // further arguments of QEMU
 
 	qemu, swtpm *exec.Cmd
@@ -338,6 +344,10 @@ func (v *vm) start() {
 	if v.extra == nil {
 		args = append(args, "-drive", "file="+v.path(diskFile)+",format=raw,if=none,id=disk,cache=unsafe",
 			"-device", "virtio-blk-pci,drive=disk")
+	}
+	if v.drive != "" {
+		args = append(args, "-drive", "file="+v.drive+",format=raw,if=none,id=drive,cache=writethrough",
+			"-device", "virtio-blk-pci,drive=drive")
 	}
 	v.qemu = exec.Command("qemu-system-x86_64", append(args, v.extra...)...)
 	v.qemu.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
@@ -548,9 +558,16 @@ func (o *operator) events(kind string) string {
 	return o.tool("admin", "audit", "list", "--type", kind)
 }
 
-// shop enrols a peer that may sign with the key payments, and returns the arguments of the tool for
-// the peer.
+// shop makes the key payments, and enrols a peer that may sign with the key. The result are the
+// arguments of the tool for the peer.
 func (o *operator) shop() []string {
+	o.t.Helper()
+	o.tool("admin", "key", "create", "payments")
+	return o.shopOf("payments")
+}
+
+// shopOf enrols a peer that may sign with a key.
+func (o *operator) shopOf(name string) []string {
 	o.t.Helper()
 	key := filepath.Join(o.t.TempDir(), "shop.key")
 	made := o.tool("keygen", key)
@@ -561,11 +578,10 @@ func (o *operator) shop() []string {
 		}
 	}
 	o.tool("admin", "peer", "add", "shop", public)
-	o.tool("admin", "key", "create", "payments")
 	rules := filepath.Join(o.t.TempDir(), "policy.cedar")
-	must(0, os.WriteFile(rules, []byte(
-		`permit (principal == Peer::"shop", action == Action::"sign", resource == Key::"payments");`), 0o600))(o.t)
+	must(0, os.WriteFile(rules, fmt.Appendf(nil,
+		`permit (principal == Peer::"shop", action == Action::"sign", resource == Key::%q);`, name), 0o600))(o.t)
 	o.tool("admin", "policy", "propose", rules)
-	return []string{"--server", "127.0.0.1:" + strconv.Itoa(o.peers), "--identity", key, "--key", "payments",
+	return []string{"--server", "127.0.0.1:" + strconv.Itoa(o.peers), "--identity", key, "--key", name,
 		"--server-key", strings.Fields(o.tool("admin", "noise-key"))[0]}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 )
 
 // Machine is the machine around an appliance.
@@ -19,7 +20,11 @@ type Machine struct {
 	Slots    []MachineSlot  `json:"slots" doc:"the images on the machine's disk"`
 	Update   *MachineUpdate `json:"update,omitempty" doc:"the update that is under way"`
 	Uploaded *Manifest      `json:"uploaded,omitempty" doc:"the update that can be proposed"`
-	Failures []string       `json:"failures" doc:"steps of the boot that have failed"`
+	// Configuration is nil while no change is under way.
+	Configuration *MachineConfiguration `json:"configuration,omitempty" doc:"the change that is under way"`
+	Files         []MachineFile         `json:"files" doc:"files that a configuration can name"`
+
+	Failures []string `json:"failures" doc:"steps of the boot that have failed"`
 }
 
 // MachineSlot is an image on the machine's disk.
@@ -36,6 +41,27 @@ type MachineUpdate struct {
 	To    string `json:"to" doc:"version"`
 	Phase string `json:"phase" doc:"installed, proven or failed"`
 	Why   string `json:"why,omitempty" doc:"of a failure"`
+}
+
+// MachineConfiguration is a change of the configuration that is under way.
+type MachineConfiguration struct {
+	SHA256 string `json:"sha256" doc:"of the new text"`
+	Phase  string `json:"phase" doc:"installed, or failed: the one of before is in force"`
+	Why    string `json:"why,omitempty" doc:"of a failure"`
+}
+
+// MachineFile is a file that an operator has given, such as a password.
+type MachineFile struct {
+	Name string `json:"name"`
+	Path string `json:"path" doc:"for the configuration"`
+	Size int64  `json:"size" doc:"in bytes"`
+	Used bool   `json:"used" doc:"the configuration names the file"`
+}
+
+// Configuration is the configuration of an appliance that was booted from the image.
+type Configuration struct {
+	Text   string `json:"text"`
+	SHA256 string `json:"sha256" doc:"of the text; empty: the appliance is a program on a host"`
 }
 
 // Manifest is the manifest of an update.
@@ -64,17 +90,8 @@ func (c *Client) UploadUpdate(ctx context.Context, file io.Reader, report func(s
 		n, err := io.ReadFull(file, part)
 		if n > 0 {
 			path := fmt.Sprintf("/v1/machine/update?offset=%d", offset)
-			resp, err := c.send(ctx, http.MethodPut, path, part[:n], "Content-Type", "application/octet-stream")
-			if err != nil {
+			if err := c.put(ctx, path, part[:n]); err != nil {
 				return m, err
-			}
-			b, err := io.ReadAll(resp.Body)
-			resp.Body.Close()
-			if err != nil {
-				return m, err
-			}
-			if resp.StatusCode/100 != 2 {
-				return m, refusal(resp, b)
 			}
 			offset += int64(n)
 			report(offset)
@@ -91,4 +108,33 @@ func (c *Client) UploadUpdate(ctx context.Context, file io.Reader, report func(s
 // RestartMachine restarts the machine.
 func (c *Client) RestartMachine(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/v1/machine/restart", nil, nil)
+}
+
+// Configuration returns the configuration in force.
+func (c *Client) Configuration(ctx context.Context) (d Configuration, err error) {
+	return d, c.do(ctx, http.MethodGet, "/v1/machine/configuration", nil, &d)
+}
+
+// PutMachineFile keeps a new file for the configuration to name.
+func (c *Client) PutMachineFile(ctx context.Context, name string, content []byte) error {
+	return c.put(ctx, "/v1/machine/files/"+url.PathEscape(name), content)
+}
+
+// put sends bytes that are no document.
+func (c *Client) put(ctx context.Context, path string, content []byte) error {
+	resp, err := c.send(ctx, http.MethodPut, path, content, "Content-Type", "application/octet-stream")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode/100 != 2 {
+		err = refusal(resp, b)
+	}
+	return err
+}
+
+// RemoveMachineFile removes a file that the configuration does not name.
+func (c *Client) RemoveMachineFile(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/machine/files/"+url.PathEscape(name), nil, nil)
 }

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +12,7 @@ import (
 
 	"countersign/admin/api"
 	"countersign/approval"
+	"countersign/internal/cli"
 	"countersign/internal/update"
 
 	"github.com/spf13/cobra"
@@ -35,8 +38,72 @@ func (t *tool) machine(act maker) *cobra.Command {
 	details(reset, "NAME is the name of the appliance, as its console and each proposal show it. The keys, the\n"+
 		"ledger and the log are gone for ever. Only a backup brings them back, elsewhere or here.")
 	reset.Example = "  countersign admin machine reset countersign-6922be318fb61a67"
-	return group("machine", "Show, restart and reset a machine that was booted from the image", show, restart, reset)
+	configuration := act("configuration", "Print the configuration of the appliance", cobra.NoArgs,
+		func(ctx context.Context, c *api.Client, _ []string) error {
+			now, err := c.Configuration(ctx)
+			if err != nil {
+				return err
+			}
+			if t.json {
+				return t.print(now, nil)
+			}
+			if now.SHA256 == "" {
+				return errHost
+			}
+			_, err = io.WriteString(t.stdout, now.Text)
+			return err
+		})
+	configuration.Example = "  countersign admin machine configuration >countersign.toml"
+	configure := act("configure FILE", "Put a configuration in force, under approval", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			text, err := readAtMost(args[0], maxMachineFile)
+			if err != nil {
+				return err
+			}
+			now, err := c.Configuration(ctx)
+			if err != nil {
+				return err
+			}
+			sum := sha256.Sum256(text)
+			return t.propose(ctx, c, approval.ActMachineConfigure, string(text), "from", now.SHA256,
+				digestParameter, hex.EncodeToString(sum[:]))
+		})
+	details(configure, "FILE is the whole configuration: what admin machine configuration prints, with your changes.\n"+
+		"Fields that belong to the machine, such as its addresses and tokens, stay as they are. When the\n"+
+		"proposal is approved, the daemon starts anew. A daemon that does not come up within 3 minutes\n"+
+		"gets the configuration of before; the audit log says which (MachineConfigured,\n"+
+		"MachineConfigurationFailed), and admin machine show meanwhile.")
+	configure.Example = "  countersign admin machine configuration >countersign.toml\n" +
+		"  countersign admin machine configure countersign.toml"
+	return group("machine", "Show, configure, restart and reset a machine that was booted from the image",
+		show, configuration, configure, t.machineFile(act), restart, reset)
 }
+
+// machineFile keeps files on the machine that its configuration can name.
+func (t *tool) machineFile(act maker) *cobra.Command {
+	put := act("put NAME FILE", "Keep a file on the machine, for the configuration to name", cobra.ExactArgs(2),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			b, err := readAtMost(args[1], maxMachineFile)
+			defer clear(b)
+			if err != nil {
+				return err
+			}
+			return c.PutMachineFile(ctx, args[0], b)
+		})
+	details(put, "A password, a private key of SFTP or a CA, which only the daemon can read from then on. A file is\n"+
+		"never replaced: give a new one another name, and put the name into the configuration. The path\n"+
+		"for the configuration is that of admin machine show.")
+	put.Example = "  countersign admin machine file put mail-2026 password"
+	remove := act("remove NAME", "Remove a file that the configuration does not name", cobra.ExactArgs(1),
+		func(ctx context.Context, c *api.Client, args []string) error {
+			return c.RemoveMachineFile(ctx, args[0])
+		})
+	remove.Example = "  countersign admin machine file remove mail-2025"
+	return group("file", "Keep files on the machine, such as passwords", put, remove)
+}
+
+// errHost is the error of acts on the machine of an appliance that has none.
+var errHost = errors.New("the appliance is a program on a host, where root changes its configuration and its package")
 
 func showMachine(w io.Writer, m api.Machine) {
 	if !m.Image {
@@ -59,6 +126,12 @@ func showMachine(w io.Writer, m api.Machine) {
 	}
 	if u := m.Uploaded; u != nil {
 		fmt.Fprintf(w, "uploaded\t%s, rollback version %d, manifest %s\n", u.Version, u.Rollback, u.SHA256)
+	}
+	if c := m.Configuration; c != nil {
+		fmt.Fprintf(w, "configuration\t%s: %s%s\n", c.SHA256, c.Phase, either(c.Why != "", ": "+c.Why, ""))
+	}
+	for _, f := range m.Files {
+		fmt.Fprintf(w, "file\t%s, %s%s\n", f.Path, cli.Count(uint64(f.Size), "byte"), either(f.Used, "", ", not used"))
 	}
 	for _, f := range m.Failures {
 		fmt.Fprintf(w, "FAILED\t%s\n", f)
@@ -90,7 +163,7 @@ func (t *tool) update(act maker) *cobra.Command {
 				return err
 			}
 			if !now.Image {
-				return errors.New("the appliance is a program on a host: update its package")
+				return errHost
 			}
 			if now.Uploaded == nil || now.Uploaded.SHA256 != u.Manifest.Digest() {
 				bar := t.bar("uploaded")
@@ -115,4 +188,21 @@ func (t *tool) update(act maker) *cobra.Command {
 		"(MachineUpdated, MachineUpdateFailed).")
 	propose.Example = "  countersign admin update propose countersign-vm_0.3.0.update"
 	return group("update", "Update a machine that was booted from the image", propose)
+}
+
+// maxMachineFile is the maximum length of a configuration, and of a file for it, in bytes.
+const maxMachineFile = 64 << 10
+
+// readAtMost reads a file of 1 to most bytes.
+func readAtMost(path string, most int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && (len(b) == 0 || int64(len(b)) > most) {
+		err = fmt.Errorf("%s: a file here has 1 to %d bytes", path, most)
+	}
+	return b, err
 }

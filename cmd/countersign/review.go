@@ -40,7 +40,9 @@ type review struct {
 }
 
 // withContent are the acts whose proposals have a content.
-var withContent = []string{approval.ActPolicyActivate, approval.ActGroupSet, approval.ActMachineUpdate}
+var withContent = []string{
+	approval.ActPolicyActivate, approval.ActGroupSet, approval.ActMachineUpdate, approval.ActMachineConfigure,
+}
 
 // digestParameter is the parameter with the SHA-256 of a proposal's content.
 const digestParameter = "sha256"
@@ -124,6 +126,8 @@ func (t *tool) showReview(ctx context.Context, c *api.Client, r *review, to io.W
 	case r.doc.Content != "" && r.proposal.Act == approval.ActMachineUpdate:
 		_, err := fmt.Fprintf(to, "the manifest, which those who release have signed:\n%s", r.doc.Content)
 		return err
+	case r.doc.Content != "" && r.proposal.Act == approval.ActMachineConfigure:
+		return showConfiguration(ctx, c, r, to)
 	case r.doc.Content != "":
 		return showPolicy(ctx, t, c, r, to)
 	}
@@ -201,22 +205,13 @@ const (
 // showPolicy prints a proposed policy with numbered lines, its difference to the policy in force,
 // and the past decisions that it would change.
 func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Writer) error {
-	text := shown(r.doc.Content)
-	fmt.Fprintf(to, "\nthe policy with SHA-256 %s:\n", r.proposal.Parameter(digestParameter))
-	n := 0
-	for line := range strings.Lines(text) {
-		n++
-		fmt.Fprintf(to, "%5d  %s\n", n, strings.TrimSuffix(line, "\n"))
-	}
+	showContent(r, "policy", to)
 	before, err := policyInForce(ctx, c)
 	if err != nil {
 		return err
 	}
-	// The texts are compared before they are shown: a tab and four spaces are shown alike.
-	name := fmt.Sprintf("version %d, in force", before.Version)
-	changes := diff.Diff(name, []byte(before.Text), fmt.Sprintf("proposal %d", r.proposal.ID), []byte(r.doc.Content))
 	to = &quoted{to: to}
-	fmt.Fprintf(to, "\n%s\n", either(len(changes) == 0, "the same text is in force", shown(string(changes))))
+	showChanges(r, fmt.Sprintf("version %d, in force", before.Version), before.Text, to)
 
 	next, err := policy.Parse("policy.cedar", []byte(r.doc.Content))
 	if err != nil {
@@ -227,6 +222,34 @@ func showPolicy(ctx context.Context, t *tool, c *api.Client, r *review, to io.Wr
 		return err
 	}
 	return showDecisions(ctx, t, c, to, next, groups, "this policy")
+}
+
+// showContent prints the content that the proposal's text names.
+func showContent(r *review, what string, to io.Writer) {
+	fmt.Fprintf(to, "\nthe %s with SHA-256 %s:\n", what, r.proposal.Parameter(digestParameter))
+	n := 0
+	for line := range strings.Lines(shown(r.doc.Content)) {
+		n++
+		fmt.Fprintf(to, "%5d  %s\n", n, strings.TrimSuffix(line, "\n"))
+	}
+}
+
+// showChanges prints what the content changes. The texts are compared before they are shown: a tab
+// and four spaces are shown alike.
+func showChanges(r *review, name, before string, to io.Writer) {
+	changes := diff.Diff(name, []byte(before), fmt.Sprintf("proposal %d", r.proposal.ID), []byte(r.doc.Content))
+	fmt.Fprintf(to, "\n%s\n", either(len(changes) == 0, "the same text is in force", shown(string(changes))))
+}
+
+// showConfiguration prints the proposed configuration of a machine, and what it changes.
+func showConfiguration(ctx context.Context, c *api.Client, r *review, to io.Writer) error {
+	showContent(r, "configuration", to)
+	now, err := c.Configuration(ctx)
+	if err != nil {
+		return err
+	}
+	showChanges(r, "in force", now.Text, &quoted{to: to})
+	return nil
 }
 
 // policyInForce returns the policy in force, or a zero policy before the first one.

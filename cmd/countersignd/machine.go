@@ -31,6 +31,7 @@ type machineReport struct {
 	app      *appliance.Appliance
 	registry *operators.Registry
 	certs    *certs.Manager
+	config   string // SHA-256 of the configuration that this daemon has read
 	log      *slog.Logger
 
 	failed string // the last error, so that each is logged once
@@ -42,7 +43,7 @@ const reportInterval = 5 * time.Second
 // run reports until ctx ends.
 func (m *machineReport) run(ctx context.Context) {
 	for {
-		err := errors.Join(m.report(ctx), m.endUpdate(ctx))
+		err := errors.Join(m.report(ctx), m.endChanges(ctx))
 		text := ""
 		if err != nil {
 			text = err.Error()
@@ -83,15 +84,43 @@ func (m *machineReport) report(ctx context.Context) error {
 	return m.client.Report(ctx, r)
 }
 
+// endChanges writes the ends of changes of the machine into the audit log.
+func (m *machineReport) endChanges(ctx context.Context) error {
+	s, err := m.client.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if c := s.Configuration; c != nil {
+		err = m.endConfiguration(ctx, *c)
+	}
+	if s.Pending != nil {
+		err = errors.Join(err, m.endUpdate(ctx, s, *s.Pending))
+	}
+	return err
+}
+
+// endConfiguration writes the end of a change of the configuration into the audit log: this daemon
+// has come up with the new one, or the machine went back.
+func (m *machineReport) endConfiguration(ctx context.Context, c machine.PendingConfiguration) error {
+	var e audit.Event
+	switch {
+	case c.Phase == machine.PhaseFailed:
+		e = audit.NewMachineConfigurationFailed(c.SHA256, c.Why)
+	case m.config == c.SHA256:
+		e = audit.NewMachineConfigured(c.SHA256)
+	default:
+		return nil // the daemon is about to restart
+	}
+	if err := m.app.Record(ctx, e); err != nil {
+		return err
+	}
+	return m.client.SettleConfiguration(ctx, c.SHA256)
+}
+
 // endUpdate writes the end of an update into the audit log. A new image has proven itself when the
 // appliance is ready, when a key has signed, and when the event is on the disk; only then does the
 // machine keep the image. A power cut in between repeats the event.
-func (m *machineReport) endUpdate(ctx context.Context) error {
-	s, err := m.client.Status(ctx)
-	if err != nil || s.Pending == nil {
-		return err
-	}
-	p := *s.Pending
+func (m *machineReport) endUpdate(ctx context.Context, s machine.Status, p machine.Pending) (err error) {
 	to := p.Manifest.Version
 	switch p.Phase {
 	case machine.PhaseFailed:

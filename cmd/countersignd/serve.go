@@ -170,7 +170,9 @@ func serve(
 	serveHTTP("metrics", scraped, ready.metrics...)
 	go expire(ctx, registry, log)
 	if m := c.machine(); m != nil {
-		go (&machineReport{client: m, app: p.app, registry: registry, certs: ready.certs, log: log}).run(ctx)
+		report := &machineReport{client: m, app: p.app, registry: registry, certs: ready.certs, config: c.digest,
+			log: log}
+		go report.run(ctx)
 	}
 	context.AfterFunc(ctx, func() { notifications.send(daemon.SdNotifyStopping) })
 	go watchdog(ctx, prober{p.app, ready.socket, ready.doors}, notifications, log)

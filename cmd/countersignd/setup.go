@@ -52,6 +52,8 @@ type setupOptions struct {
 	from             []string // networks of operators
 	unmeasured       bool     // the TPM's register of Secure Boot may be empty
 	machine          string   // the socket of the machine's agent
+	environment      []string // NAME=VALUE, variables of the module
+	hsm              []string // addresses of a network HSM
 	counter          uint     // index of the TPM's counter; 0: the usual one
 	holders          []string
 	needed           int
@@ -118,7 +120,10 @@ func setupCommand(configPath *string, stdout, stderr io.Writer) *cobra.Command {
 		"with --token tpm: seal although no Secure Boot was measured, for tries")
 	f.StringVar(&o.machine, "machine-socket", "", "the `socket` of the machine's agent")
 	f.UintVar(&o.counter, "counter-index", 0, "with --token tpm: the NV `index` of the ledger's counter")
-	for _, flag := range []string{"machine-socket", "counter-index"} { // for the image, which sets up by itself
+	f.StringArrayVar(&o.environment, "environment", nil, "with --token pkcs11: `NAME=VALUE`, a variable of the module")
+	f.StringSliceVar(&o.hsm, "hsm", nil, "with --token pkcs11: an `address` of a network HSM, with its port")
+	// For the image, which sets up by itself.
+	for _, flag := range []string{"machine-socket", "counter-index", "environment", "hsm"} {
 		f.MarkHidden(flag)
 	}
 	f.BoolVar(&o.yes, "yes", false, "do not ask")
@@ -547,6 +552,20 @@ func (s *settingUp) configuration() string {
 	field("uri", s.uri)
 	field("module", s.module)
 	field("pin_file", s.pinPath())
+	var quoted []string
+	for _, address := range s.hsm {
+		quoted = append(quoted, strconv.Quote(address))
+	}
+	if len(quoted) > 0 {
+		fmt.Fprintf(&b, "network = [%s]\n", strings.Join(quoted, ", "))
+	}
+	if len(s.environment) > 0 {
+		b.WriteString("\n[tokens.main.environment]\n")
+		for _, each := range s.environment {
+			name, value, _ := strings.Cut(each, "=")
+			field(name, value)
+		}
+	}
 	if s.token == "softhsm" {
 		b.WriteString("sessions = 1 # SoftHSM is fastest with one session in each key worker\n")
 		fmt.Fprintf(&b, "environment = { SOFTHSM2_CONF = %q }\n", s.softHSMConf())

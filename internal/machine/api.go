@@ -3,7 +3,9 @@
 package machine
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +13,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
@@ -53,16 +56,41 @@ type Pending struct {
 	Why      string          `json:"why,omitempty"` // of a failure
 }
 
+// PendingConfiguration is a change of the configuration that the audit log does not have the end of
+// yet.
+type PendingConfiguration struct {
+	Phase  string `json:"phase"` // PhaseInstalled or PhaseFailed
+	From   string `json:"from"`  // SHA-256, hex
+	SHA256 string `json:"sha256"`
+	Why    string `json:"why,omitempty"` // of a failure: the one of before is in force again
+}
+
+// File is a file that operators have given, such as a password, for the configuration to name.
+type File struct {
+	Name string `json:"name"`
+	Path string `json:"path"`
+	Size int64  `json:"size"`
+	Used bool   `json:"used"` // the configuration names the file
+}
+
+// MaxFile is the maximum length of a file, in bytes.
+const MaxFile = 64 << 10
+
 // Status is the state of the machine.
 type Status struct {
-	Image    Image             `json:"image"`
-	Slots    []Slot            `json:"slots"`
-	Pending  *Pending          `json:"pending,omitempty"`
-	Uploaded *update.Manifest  `json:"uploaded,omitempty"`
-	Try      bool              `json:"try"`       // the disk is not protected
-	Failures map[string]string `json:"failures"`  // of steps of the boot
-	Addrs    []string          `json:"addresses"` // of the network
-	Report   *Report           `json:"report,omitempty"`
+	Image    Image            `json:"image"`
+	Slots    []Slot           `json:"slots"`
+	Pending  *Pending         `json:"pending,omitempty"`
+	Uploaded *update.Manifest `json:"uploaded,omitempty"`
+	// Configuration is the change of the configuration that is under way.
+	Configuration *PendingConfiguration `json:"configuration,omitempty"`
+	Files         []File                `json:"files"`
+	Try           bool                  `json:"try"`       // the disk is not protected
+	Failures      map[string]string     `json:"failures"`  // of steps of the boot
+	Addrs         []string              `json:"addresses"` // of the network
+	Report        *Report               `json:"report,omitempty"`
+	// Waiting says that the machine has no appliance, and waits for a backup.
+	Waiting bool `json:"waiting,omitempty"`
 	// Changed says that the ESP offers other settings than those in force.
 	Changed bool `json:"changed,omitempty"`
 }
@@ -89,10 +117,7 @@ type Refusal struct {
 
 // do asks the agent, and decodes the answer into out.
 func (c Client) do(ctx context.Context, method, path string, body io.Reader, out any) error {
-	socket := c.Path
-	if socket == "" {
-		socket = Socket
-	}
+	socket := cmp.Or(c.Path, Socket)
 	h := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -113,19 +138,24 @@ func (c Client) do(ctx context.Context, method, path string, body io.Reader, out
 		return fmt.Errorf("the machine's agent: %w", err)
 	}
 	if answer.StatusCode != http.StatusOK {
-		var e Refusal
-		if json.Unmarshal(b, &e) != nil || e.Error == "" {
-			e.Error = answer.Status
-		}
-		if e.Conflict {
-			return fmt.Errorf("%w: %s", manage.ErrConflict, e.Error)
-		}
-		return errors.New(e.Error)
+		return refused(answer, b)
 	}
 	if out == nil {
 		return nil
 	}
 	return json.Unmarshal(b, out)
+}
+
+// refused returns the error of a refusal.
+func refused(answer *http.Response, body []byte) error {
+	var e Refusal
+	if json.Unmarshal(body, &e) != nil || e.Error == "" {
+		e.Error = answer.Status
+	}
+	if e.Conflict {
+		return fmt.Errorf("%w: %s", manage.ErrConflict, e.Error)
+	}
+	return errors.New(e.Error)
 }
 
 func (c Client) post(ctx context.Context, path string, in, out any) error {
@@ -213,9 +243,95 @@ func (c Client) PIN(ctx context.Context, pin secret.Bytes) error {
 	return c.do(ctx, http.MethodPut, "/pin", bytes.NewReader(pin.Expose()), nil)
 }
 
+// AwaitBackup is Reset, after which the machine makes no appliance, but waits for a backup.
+func (c Client) AwaitBackup(ctx context.Context, name string) error {
+	return c.post(ctx, "/await-backup", Named{name}, nil)
+}
+
+// Command runs a command of countersignd with the drive that is attached. lines are what a person
+// types meanwhile. The end of ctx ends the command.
+func (c Client) Command(ctx context.Context, line string, lines <-chan string, out io.Writer) error {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", cmp.Or(c.Path, Socket))
+	if err != nil {
+		return fmt.Errorf("the machine's agent: %w", err)
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	body, err := json.Marshal(Named{line})
+	if err != nil {
+		return err
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://machine/command", bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	if err := r.Write(conn); err != nil {
+		return err
+	}
+	in := bufio.NewReader(conn)
+	answer, err := http.ReadResponse(in, r)
+	if err != nil {
+		return fmt.Errorf("the machine's agent: %w", err)
+	}
+	if answer.StatusCode != http.StatusSwitchingProtocols {
+		b, err := io.ReadAll(io.LimitReader(answer.Body, 1<<16))
+		return errors.Join(err, refused(answer, b))
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	go func() {
+		for {
+			select {
+			case <-ended:
+				return
+			case line, open := <-lines:
+				if !open {
+					return
+				}
+				io.WriteString(conn, line+"\n")
+			}
+		}
+	}()
+	_, err = io.Copy(out, in)
+	return err
+}
+
 // Link makes a link for the passkey of the first administrator.
 func (c Client) Link(ctx context.Context, name string) (url string, err error) {
 	var out Named
 	err = c.post(ctx, "/link", Named{name}, &out)
 	return out.Name, err
+}
+
+// Configuration returns the text of the appliance's configuration.
+func (c Client) Configuration(ctx context.Context) (text string, err error) {
+	var out Named
+	err = c.do(ctx, http.MethodGet, "/configuration", nil, &out)
+	return out.Name, err
+}
+
+// CheckConfiguration refuses a text that the appliance would not start with, or that changes what
+// belongs to the machine.
+func (c Client) CheckConfiguration(ctx context.Context, text string) error {
+	return c.post(ctx, "/configuration/check", Named{text}, nil)
+}
+
+// Configure puts a configuration in force, and starts the daemon anew. When the daemon does not
+// come up, the machine goes back to the configuration of before.
+func (c Client) Configure(ctx context.Context, text string) error {
+	return c.post(ctx, "/configuration", Named{text}, nil)
+}
+
+// SettleConfiguration says that the audit log has the end of a change to a configuration.
+func (c Client) SettleConfiguration(ctx context.Context, sha256 string) error {
+	return c.post(ctx, "/configuration/settle", Named{sha256}, nil)
+}
+
+// PutFile keeps a new file, and RemoveFile removes one that the configuration does not name.
+func (c Client) PutFile(ctx context.Context, name string, content []byte) error {
+	return c.do(ctx, http.MethodPut, "/files?name="+url.QueryEscape(name), bytes.NewReader(content), nil)
+}
+
+func (c Client) RemoveFile(ctx context.Context, name string) error {
+	return c.post(ctx, "/files/remove", Named{name}, nil)
 }

@@ -101,6 +101,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if counted() {
 		go a.rollBack(ctx, pending)
 	}
+	a.resumeConfiguration()
 	if a.facts.Partition != "" {
 		go a.enrol(ctx)
 	}
@@ -190,30 +191,31 @@ func (a *Agent) enrol(ctx context.Context) {
 	}
 }
 
+// maxBody is the maximum length of an act's document, in bytes: a configuration, escaped.
+const maxBody = 6*maxConfiguration + 4096
+
 // routes has each act with the users that may ask.
 func (a *Agent) routes() http.Handler {
 	mux := http.NewServeMux()
 	everybody, daemon, console := []int{0, a.daemon, a.console}, []int{0, a.daemon}, []int{0, a.console}
+	refuse := func(w http.ResponseWriter, pattern string, err error) {
+		a.Log.Error("refused", "act", pattern, "err", err)
+		conflict := errors.Is(err, manage.ErrConflict)
+		answer(w, http.StatusBadRequest, machine.Refusal{Error: err.Error(), Conflict: conflict})
+	}
 	handle := func(pattern string, who []int, do func(r *http.Request) (any, error)) {
-		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			if id, _ := r.Context().Value(callerKey{}).(int); !slices.Contains(who, id) {
-				answer(w, http.StatusForbidden, machine.Refusal{Error: "this user may not ask for that"})
-				return
+		mux.HandleFunc(pattern, from(who, func(w http.ResponseWriter, r *http.Request) {
+			if out, err := do(r); err != nil {
+				refuse(w, pattern, err)
+			} else {
+				answer(w, http.StatusOK, out)
 			}
-			out, err := do(r)
-			if err != nil {
-				a.Log.Error("refused", "act", pattern, "err", err)
-				conflict := errors.Is(err, manage.ErrConflict)
-				answer(w, http.StatusBadRequest, machine.Refusal{Error: err.Error(), Conflict: conflict})
-				return
-			}
-			answer(w, http.StatusOK, out)
-		})
+		}))
 	}
 	act := func(pattern string, who []int, do func(ctx context.Context, name string) (any, error)) {
 		handle(pattern, who, func(r *http.Request) (any, error) {
 			var in machine.Named
-			if err := json.NewDecoder(io.LimitReader(r.Body, 4096)).Decode(&in); err != nil {
+			if err := json.NewDecoder(io.LimitReader(r.Body, maxBody)).Decode(&in); err != nil {
 				return nil, err
 			}
 			if !a.acting.TryLock() {
@@ -232,15 +234,41 @@ func (a *Agent) routes() http.Handler {
 	act("POST /settle", daemon, a.settle)
 	act("POST /reboot", everybody, func(context.Context, string) (any, error) { return nil, a.systemctl("reboot") })
 	act("POST /poweroff", everybody, func(context.Context, string) (any, error) { return nil, a.systemctl("poweroff") })
-	act("POST /reset", everybody, a.reset)
+	act("POST /reset", everybody, func(ctx context.Context, name string) (any, error) {
+		return nil, a.destroy(ctx, name, false)
+	})
+	handle("GET /configuration", daemon, func(*http.Request) (any, error) { return a.configuration() })
+	act("POST /configuration/check", daemon, func(ctx context.Context, text string) (any, error) {
+		_, err := a.checkConfiguration(ctx, text)
+		return nil, err
+	})
+	act("POST /configuration", daemon, a.configure)
+	act("POST /configuration/settle", daemon, a.settleConfiguration)
+	handle("PUT /files", daemon, a.putFile)
+	act("POST /files/remove", daemon, a.removeFile)
 	handle("GET /settings", everybody, func(*http.Request) (any, error) { return a.settings() })
 	handle("PUT /settings", console, a.change)
 	handle("PUT /pin", console, a.pin)
+	act("POST /await-backup", console, func(ctx context.Context, name string) (any, error) {
+		return nil, a.destroy(ctx, name, true)
+	})
+	handle("POST /command", console, nil)
 	act("POST /link", console, func(ctx context.Context, name string) (any, error) {
 		url, err := a.FirstLink(ctx, name)
 		return machine.Named{Name: url}, err
 	})
 	return mux
+}
+
+// from lets some users ask.
+func from(who []int, serve http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if id, _ := r.Context().Value(callerKey{}).(int); !slices.Contains(who, id) {
+			answer(w, http.StatusForbidden, machine.Refusal{Error: "this user may not ask for that"})
+			return
+		}
+		serve(w, r)
+	}
 }
 
 func answer(w http.ResponseWriter, status int, out any) {
@@ -268,11 +296,20 @@ func (a *Agent) status() machine.Status {
 	if s.Pending, err = readPending(); err != nil {
 		s.Failures["pending"] = err.Error()
 	}
+	if s.Configuration, err = readConfigurationRecord(); err != nil {
+		s.Failures["configuration"] = err.Error()
+	}
+	if s.Files, err = a.files(); err != nil {
+		s.Failures["files"] = err.Error()
+	}
 	if f, err := a.uploaded(); err == nil {
 		s.Uploaded = &f.Manifest
 	}
 	if doc, err := a.settings(); err == nil && a.facts.Partition != "" {
 		s.Changed = doc.Offered != "" && doc.Offered != doc.Text
+	}
+	if s.Waiting = waiting(); s.Waiting {
+		delete(s.Failures, "setup")
 	}
 	s.Addrs = addresses()
 	a.mu.Lock()
@@ -523,9 +560,10 @@ func (a *Agent) settle(_ context.Context, version string) (any, error) {
 	return nil, errors.Join(os.RemoveAll(updatesFolder), os.Remove(pendingFile), syncAll(filepath.Dir(pendingFile)))
 }
 
-// reset destroys the key of the disk. name must be the appliance's, or countersign while it has
-// none.
-func (a *Agent) reset(ctx context.Context, name string) (any, error) {
+// destroy destroys the key of the disk. name must be the appliance's, or countersign while it has
+// none. The next boot makes a new state by the settings of the ESP: with restore, these become the
+// ones in force, and say that the machine waits for a backup.
+func (a *Agent) destroy(ctx context.Context, name string, restore bool) error {
 	want := "countersign"
 	a.mu.Lock()
 	if a.report != nil && a.report.Appliance != "" {
@@ -533,13 +571,39 @@ func (a *Agent) reset(ctx context.Context, name string) (any, error) {
 	}
 	a.mu.Unlock()
 	if name != want {
-		return nil, fmt.Errorf("the name is not %s: nothing was destroyed", want)
+		return fmt.Errorf("the name is not %s: nothing was destroyed", want)
 	}
-	a.Log.Warn("the machine is reset")
+	a.Log.Warn("the machine is reset", "restore", restore)
+	if err := a.offer(restore); err != nil {
+		return err
+	}
 	if err := resetDisk(ctx); err != nil {
-		return nil, err
+		return err
 	}
-	return nil, a.systemctl("reboot")
+	return a.systemctl("reboot")
+}
+
+// offer writes the settings of the next first boot to the ESP, where they differ: those in force,
+// or without an open state those of the ESP.
+func (a *Agent) offer(restore bool) error {
+	s, err := (&Disk{}).offered()
+	if restore && a.facts.Partition != "" {
+		s, err = LoadSettings()
+	}
+	switch {
+	case err != nil && restore:
+		return fmt.Errorf("countersign.toml on the ESP: %w", err)
+	case err != nil || s.Setup.Restore == restore: // the next boot names the error
+		return nil
+	}
+	s.Setup.Restore = restore
+	return withESP(func() error {
+		path := filepath.Join(ESPFolder, "countersign.toml")
+		if err := os.WriteFile(path+".new", []byte(s.Text()), 0o600); err != nil {
+			return err
+		}
+		return errors.Join(syncAll(ESPFolder), os.Rename(path+".new", path))
+	})
 }
 
 // settings returns the settings in force, and those of the ESP.
@@ -618,6 +682,9 @@ func (a *Agent) change(r *http.Request) (any, error) {
 	}
 	if next.PeerPort() != now.PeerPort() || next.PubkyPort() != now.PubkyPort() || next.HTTPSPort() != now.HTTPSPort() {
 		return nil, errors.New("the ports are those of the first boot: only a factory reset changes them")
+	}
+	if !slices.Equal(next.HSM, now.HSM) {
+		return nil, errors.New("hsm is that of the first boot: only a factory reset changes it")
 	}
 	next.Setup = now.Setup
 	if a.facts.Partition == "" {

@@ -40,9 +40,14 @@ func TestSettings(t *testing.T) {
 		"dns = [\"fe80::1%eth0\"]":                       "dns",
 		"time = [\"192.0.2.1\"]":                         "time",
 		"time = [\"a b\"]":                               "time",
+		"time_ca = \"x\"":                                "time_ca: it has no certificate",
 		"time = [\"x\\nallow 0/0\"]":                     "time",
 		"peers = [\"10.0.0.0/33\"]":                      "peers",
 		"reach = [\"any\"]":                              "reach",
+		"hsm = [\"10.1.0.9\"]":                           "hsm: \"10.1.0.9\" is no address with a port",
+		"hsm = [\"hsm.example.com:1792\"]":               "hsm",
+		"[setup.environment]\n\"A B\" = \"x\"":           "setup.environment",
+		"[setup.environment]\nA = \"x\\ny\"":             "setup.environment",
 		"interface = \"eth0; rm\"":                       "interface",
 		"listen = 0":                                     "listen: 0 is no port for peers",
 		"listen = 65536":                                 "listen: 65536 is no port",
@@ -68,6 +73,7 @@ time = ["time.example.com"]
 listen = 1
 peers = ["10.2.0.9/16", "10.2.0.0/16", "2001:db8::/32"]
 reach = ["192.0.2.0/24"]
+hsm = ["10.1.0.9:1792", "[2001:db8::9]:1792"]
 [setup]
 operator = "ann"`)))(t)
 	again := must(ParseSettings([]byte(s.Text())))(t)
@@ -79,17 +85,86 @@ operator = "ann"`)))(t)
 		"ip saddr { 10.2.0.0/16 } tcp dport 1 accept", "ip6 saddr { 2001:db8::/32 } tcp dport 1 accept",
 		"ip saddr { 10.1.0.0/24 } tcp dport 7780 accept", "ip daddr { 192.0.2.0/24 } meta skuid countersign accept",
 		"meta skuid _chrony tcp dport 4460 accept",
+		"ip daddr { 10.1.0.9/32 } tcp dport 1792 meta skuid countersign-keys accept",
+		"ip6 daddr { 2001:db8::9/128 } tcp dport 1792 meta skuid countersign-keys accept",
 	} {
 		if !strings.Contains(rules, want) {
 			t.Errorf("the firewall lacks %q:\n%s", want, rules)
 		}
 	}
 	if strings.Count(rules, "policy drop") != 3 || strings.Contains(rules, "dport 68") ||
-		strings.Contains(rules, "countersign-keys") {
+		strings.Count(rules, "countersign-keys") != 2 {
 		t.Errorf("the firewall is too wide:\n%s", rules)
 	}
 	if n := s.Networkd(); !strings.Contains(n, "DHCP=no") || !strings.Contains(n, "Address=2001:db8::5/64") {
 		t.Error(n)
+	}
+}
+
+// TestCommands takes the commands of the documents, and refuses what leaves the drive or widens
+// what a person at the console can do.
+func TestCommands(t *testing.T) {
+	for line, want := range map[string]string{
+		"countersignd check":             "check",
+		"check --deep --write":           "check --deep --write",
+		"backup verify a.backup":         "backup verify a.backup",
+		"return-keys":                    "return-keys --request=return.request --answers=answers",
+		"init --token main --new-token":  "init --token=main --new-token",
+		"restore backups/a.backup":       "restore backups/a.backup",
+		"restore a.backup --lists none":  "restore a.backup --lists=none",
+		"restore a --approval b.sig,c":   "restore a --approval=b.sig,c",
+		"restore a --identity=recovery ": "restore a --identity=recovery",
+	} {
+		if _, args, err := parseCommand(line); err != nil || strings.Join(args, " ") != want {
+			t.Errorf("%s: %v %v, want %s", line, args, err, want)
+		}
+	}
+	for line, want := range map[string]string{
+		"":                                  "none of the commands",
+		"serve":                             "none of the commands",
+		"setup":                             "none of the commands",
+		"factory-reset --typed":             "none of the commands",
+		"backup":                            "none of the commands",
+		"drill --identity x":                "none of the commands",
+		"check x":                           "1 files are named",
+		"restore":                           "0 files are named",
+		"restore a b":                       "2 files are named",
+		"restore /etc/passwd":               "no file of the drive",
+		"restore ../a":                      "no file of the drive",
+		"restore -h":                        "no file of the drive",
+		"restore a --map /x=/y":             "has no --map",
+		"restore a --scratch /tmp":          "has no --scratch",
+		"check --config x":                  "has no --config",
+		"restore a --text /etc/x":           "no file of the drive",
+		"restore a --text=":                 "no file of the drive",
+		"restore a --identity b,../c":       "no file of the drive",
+		"restore a --text":                  "needs a value",
+		"check --deep=yes":                  "has no value",
+		"return-keys --request x":           "has no --request",
+		"init --holder eve=age1":            "has no --holder",
+		"init --token a --so-pin-file=/a/b": "no file of the drive",
+		"restore a --lists=../..":           "no file of the drive",
+	} {
+		if _, args, err := parseCommand(line); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v %v, want %q", line, args, err, want)
+		}
+	}
+}
+
+// TestSameMachine refuses a configuration that changes what belongs to the machine.
+func TestSameMachine(t *testing.T) {
+	const now = "listen = \"0.0.0.0:7700\"\n[tokens.main]\ntpm = \"/dev/tpmrm0\"\n"
+	if err := sameMachine([]byte(now), []byte("# new\n"+now+"[backup]\nfolder = \"x\"\n")); err != nil {
+		t.Error(err)
+	}
+	for _, next := range []string{
+		"", "listen = \"0.0.0.0:7701\"\n[tokens.main]\ntpm = \"/dev/tpmrm0\"\n",
+		now + "module = \"/var/lib/countersign/x.so\"\n", now + "[tokens.other]\ntpm = \"x\"\n",
+		"machine_socket = \"/x\"\n" + now, "not toml",
+	} {
+		if err := sameMachine([]byte(now), []byte(next)); err == nil {
+			t.Errorf("taken: %q", next)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -117,13 +118,16 @@ func wrapped(b *strings.Builder, name, text string) {
 func (c *Console) show(ctx context.Context) {
 	var b strings.Builder
 	s, err := c.Status(ctx)
-	if err != nil {
+	if ctx.Err() != nil {
+		return
+	} else if err != nil {
 		wrapped(&b, "machine", "starts: "+err.Error())
 	} else {
 		c.describe(&b, s)
 	}
 	b.WriteString("\n  n network   t time   l link of the first administrator   e settings of the ESP\n" +
-		"  h PIN of an HSM   r reboot   p power off   f factory reset   (a letter, then Enter)\n")
+		"  h PIN of an HSM   c commands with a drive   b restore a backup   r reboot   p power off\n" +
+		"  f factory reset                                                  (a letter, then Enter)\n")
 	if text := b.String(); text != c.shown {
 		c.shown = text
 		fmt.Fprintf(c.Out, "\n%s\n%s> ", strings.Repeat("=", 78), text)
@@ -160,6 +164,11 @@ func (c *Console) describe(b *strings.Builder, s machine.Status) {
 			"nothing: e shows it")
 	}
 	r := s.Report
+	if s.Waiting {
+		wrapped(b, "WAITING", "this machine has no appliance, and waits for a backup: c runs countersignd restore; f "+
+			"makes a new appliance after all")
+		return
+	}
 	if r == nil {
 		wrapped(b, "appliance", "not up yet")
 		return
@@ -229,12 +238,16 @@ func (c *Console) choose(ctx context.Context, line string) {
 		}
 	case "h":
 		err = c.pin(ctx)
+	case "c":
+		err = c.commands(ctx)
 	case "f":
-		err = c.reset(ctx)
+		err = c.destroy(ctx, "Only a backup brings them back.", c.Reset)
+	case "b":
+		err = c.destroy(ctx, "The machine then waits for a backup, of this appliance or of another one.", c.AwaitBackup)
 	default:
 		c.say("%q is none of the letters", plain(line))
 	}
-	if err != nil {
+	if err != nil && ctx.Err() == nil {
 		c.say("not done: %s", plain(err.Error()))
 	}
 }
@@ -377,7 +390,8 @@ func withoutEcho(in io.Reader) (restore func()) {
 	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, before) }
 }
 
-func (c *Console) reset(ctx context.Context) error {
+// destroy asks for the name of the appliance before it is destroyed.
+func (c *Console) destroy(ctx context.Context, then string, do func(ctx context.Context, name string) error) error {
 	s, err := c.Status(ctx)
 	if err != nil {
 		return err
@@ -386,11 +400,48 @@ func (c *Console) reset(ctx context.Context) error {
 	if s.Report != nil && s.Report.Appliance != "" {
 		name = s.Report.Appliance
 	}
-	c.say("A factory reset destroys all keys and the ledger of this appliance. Only a backup brings them back.")
+	c.say("This destroys all keys and the ledger that this machine has. %s", then)
 	answer, ok := c.ask(ctx, "Type %s to destroy it", plain(name))
 	if !ok || answer != name {
 		c.say("nothing was changed")
 		return nil
 	}
-	return c.Reset(ctx, answer)
+	return do(ctx, answer)
+}
+
+// commands runs commands of countersignd with a drive.
+func (c *Console) commands(ctx context.Context) error {
+	c.say("Commands of countersignd: %s.\nTheir files are on a drive with a FAT file system of the name %s. Pull it "+
+		"at will\nwhile nothing runs. Letters that are typed while a command runs are not shown.\nAn empty line ends.",
+		strings.Join(slices.Sorted(maps.Keys(commands)), ", "), driveLabel)
+	for ctx.Err() == nil {
+		line, ok := c.ask(ctx, "countersignd")
+		if !ok || line == "" {
+			return nil
+		}
+		if err := c.command(ctx, line); err != nil {
+			c.say("not done: %s", plain(err.Error()))
+		}
+	}
+	return nil
+}
+
+// command runs a command. The terminal of the command repeats what may be seen of the lines.
+func (c *Console) command(ctx context.Context, line string) error {
+	defer withoutEcho(c.In)()
+	return c.Command(ctx, line, c.lines, printable{c.Out})
+}
+
+// printable writes what a terminal only prints: a question mark in the place of control characters
+// and of all that is not ASCII.
+type printable struct{ to io.Writer }
+
+func (p printable) Write(b []byte) (int, error) {
+	_, err := p.to.Write(bytes.Map(func(r rune) rune {
+		if r == '\n' || r == '\r' || r == '\t' || r >= ' ' && r <= '~' {
+			return r
+		}
+		return '?'
+	}, b))
+	return len(b), err
 }

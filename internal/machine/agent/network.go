@@ -19,13 +19,16 @@ const (
 	networkdFile = "/run/systemd/network/10-countersign.network"
 	nftablesFile = runFolder + "/nftables.conf"
 	chronyFile   = runFolder + "/chrony.conf"
+	timeCAFile   = runFolder + "/time-ca.pem"
 	resolvFile   = runFolder + "/resolv.conf"
+	keysUnitFile = "/run/systemd/system/countersignd-keys@.service.d/hsm.conf"
 )
 
 // ApplyNetwork writes the configuration of network, firewall and clock, and loads the firewall.
 func ApplyNetwork(ctx context.Context, s Settings) error {
 	for path, text := range map[string]string{
 		networkdFile: s.Networkd(), nftablesFile: s.Nftables(), chronyFile: s.Chrony(),
+		timeCAFile: s.TimeCA, keysUnitFile: s.KeysUnit(),
 	} {
 		if text == "" {
 			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -42,6 +45,11 @@ func ApplyNetwork(ctx context.Context, s Settings) error {
 	}
 	if err := run(ctx, nil, "nft", "--file", nftablesFile); err != nil {
 		return fmt.Errorf("the firewall: %w", err)
+	}
+	if s.KeysUnit() != "" {
+		if err := run(ctx, nil, "systemctl", "daemon-reload"); err != nil {
+			return err
+		}
 	}
 	return WriteResolv(s)
 }

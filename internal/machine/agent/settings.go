@@ -6,8 +6,10 @@ package agent
 import (
 	"bytes"
 	"cmp"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"regexp"
@@ -37,6 +39,9 @@ type Settings struct {
 	// Time has the names of time servers with NTS (RFC 8915). Default: none; the clock of the
 	// machine counts.
 	Time []string `toml:"time,omitempty"`
+	// TimeCA has the certificates, in PEM, of the authorities of the time servers. Default: the
+	// public ones.
+	TimeCA string `toml:"time_ca,multiline,omitempty"`
 
 	// Listen, ListenPubky and HTTPS are the ports of peers, of peers with pubky-noise, and of
 	// operators. 0 is none. Default: 7700, 0 and 7780.
@@ -48,9 +53,10 @@ type Settings struct {
 	Peers     []string `toml:"peers,omitempty"`
 	Operators []string `toml:"operators,omitempty"`
 	// Reach has the networks that the appliance may reach: receivers of webhooks, mail, sinks and
-	// backups. HSM has those that the key workers may reach. Default: none.
+	// backups. Default: none.
 	Reach []string `toml:"reach,omitempty"`
-	HSM   []string `toml:"hsm,omitempty"`
+	// HSM has the addresses with ports of a network HSM, such as 10.1.0.9:1792. Default: none.
+	HSM []string `toml:"hsm,omitempty"`
 
 	// Setup is for the first boot only.
 	Setup Setup `toml:"setup,omitempty"`
@@ -58,15 +64,19 @@ type Settings struct {
 
 // Setup makes the appliance at the first boot: the flags of countersignd setup.
 type Setup struct {
-	Token    string   `toml:"token,omitempty"` // tpm (default), softhsm for tries, or pkcs11
-	Module   string   `toml:"module,omitempty"`
-	URI      string   `toml:"uri,omitempty"`
+	Token  string `toml:"token,omitempty"` // tpm (default), softhsm for tries, or pkcs11
+	Module string `toml:"module,omitempty"`
+	URI    string `toml:"uri,omitempty"`
+	// Environment has variables for the module, such as the path of its configuration.
+	Environment map[string]string `toml:"environment,omitempty"`
+
 	Name     string   `toml:"name,omitempty"`     // of the console; passkeys are bound to the name
 	Operator string   `toml:"operator,omitempty"` // the first administrator
 	SSHKey   string   `toml:"ssh_key,omitempty"`  // of the first administrator; default: a link
 	Holders  []string `toml:"holders,omitempty"`  // NAME=KEY
 	Needed   int      `toml:"needed,omitempty"`
-	Try      bool     `toml:"try,omitempty"` // Secure Boot may be off, and the disk is not protected
+	Restore  bool     `toml:"restore,omitempty"` // make no appliance, and wait for a backup
+	Try      bool     `toml:"try,omitempty"`     // Secure Boot may be off, and the disk is not protected
 }
 
 const (
@@ -79,6 +89,7 @@ var (
 	hostForm      = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$`)
 	interfaceForm = regexp.MustCompile(`^[a-z][a-z0-9]{0,14}$`)
 	macForm       = regexp.MustCompile(`^[0-9a-f]{2}(:[0-9a-f]{2}){5}$`)
+	variableForm  = regexp.MustCompile(`^[A-Z_][A-Za-z0-9_]{0,63}$`)
 	nameForm      = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
 )
 
@@ -116,7 +127,7 @@ func (s *Settings) Check() error {
 	}{
 		{"address", s.Address, isAddress}, {"gateway", s.Gateway, isIP}, {"dns", s.DNS, isIP},
 		{"time", s.Time, isHost}, {"peers", s.Peers, isNetwork}, {"operators", s.Operators, isNetwork},
-		{"reach", s.Reach, isNetwork}, {"hsm", s.HSM, isNetwork},
+		{"reach", s.Reach, isNetwork}, {"hsm", s.HSM, isAddrPort},
 	} {
 		if len(list.values) > maxEntries {
 			return fmt.Errorf("%s: there are %d, and at most %d are possible", list.field, len(list.values), maxEntries)
@@ -126,6 +137,9 @@ func (s *Settings) Check() error {
 				return fmt.Errorf("%s: %w", list.field, err)
 			}
 		}
+	}
+	if s.TimeCA != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(s.TimeCA)) {
+		return errors.New("time_ca: it has no certificate in PEM")
 	}
 	if len(s.Gateway) > 0 && len(s.Address) == 0 {
 		return errors.New("gateway: with DHCP the gateway is the server's: name addresses, too")
@@ -155,6 +169,12 @@ func (u Setup) check() error {
 	for _, v := range append([]string{u.Module, u.URI, u.SSHKey}, u.Holders...) {
 		if !oneLine(v) {
 			return errors.New("setup: a text has more than one line, or more than 1000 bytes")
+		}
+	}
+	for name, value := range u.Environment {
+		if !variableForm.MatchString(name) || !oneLine(value) || len(u.Environment) > maxEntries {
+			return fmt.Errorf("setup.environment: %q is no variable with a text of one line, or there are more than %d",
+				name, maxEntries)
 		}
 	}
 	switch {
@@ -193,6 +213,13 @@ func isIP(v string) error {
 func isNetwork(v string) error {
 	if _, err := netip.ParsePrefix(v); err != nil {
 		return fmt.Errorf("%q is no network, such as 10.1.0.0/16", v)
+	}
+	return nil
+}
+
+func isAddrPort(v string) error {
+	if a, err := netip.ParseAddrPort(v); err != nil || a.Addr().Zone() != "" || a.Port() == 0 {
+		return fmt.Errorf("%q is no address with a port, such as 10.1.0.9:1792", v)
 	}
 	return nil
 }
@@ -355,13 +382,18 @@ table inet countersign {
 	for _, user := range []struct {
 		name  string
 		needs bool
-	}{{"_chrony", len(s.Time) > 0}, {"countersign", len(s.Reach) > 0}, {"countersign-keys", len(s.HSM) > 0}} {
+	}{{"_chrony", len(s.Time) > 0}, {"countersign", len(s.Reach) > 0}} {
 		if user.needs {
 			fmt.Fprintf(&b, "\t\tmeta skuid %s meta l4proto { tcp, udp } th dport 53 accept\n", user.name)
 		}
 	}
 	s.rules(&b, "daddr", s.Reach, "meta skuid countersign accept")
-	s.rules(&b, "daddr", s.HSM, "meta skuid countersign-keys accept")
+	for _, each := range s.HSM {
+		a := netip.MustParseAddrPort(each)
+		network := netip.PrefixFrom(a.Addr().Unmap(), a.Addr().Unmap().BitLen()).String()
+		rule := fmt.Sprintf("tcp dport %d meta skuid countersign-keys accept", a.Port())
+		s.rules(&b, "daddr", []string{network}, rule)
+	}
 	b.WriteString("\t}\n}\n")
 	return b.String()
 }
@@ -382,6 +414,19 @@ func (s *Settings) rules(b *strings.Builder, side string, networks []string, rul
 	}
 }
 
+// KeysUnit widens the unit of the key workers by a network HSM; "" is none.
+func (s *Settings) KeysUnit() string {
+	if len(s.HSM) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	b.WriteString("[Service]\nPrivateNetwork=no\nRestrictAddressFamilies=AF_INET AF_INET6\n")
+	for _, each := range s.HSM {
+		fmt.Fprintf(&b, "IPAddressAllow=%s\n", netip.MustParseAddrPort(each).Addr().Unmap())
+	}
+	return b.String()
+}
+
 // Chrony is the configuration of chronyd (chrony.conf(5)); "" is no time server. A clock that is
 // far off must not keep the certificates from being checked for ever, so the first check is without
 // their times.
@@ -392,6 +437,9 @@ func (s *Settings) Chrony() string {
 	var b strings.Builder
 	for _, name := range s.Time {
 		fmt.Fprintf(&b, "server %s iburst nts\n", name)
+	}
+	if s.TimeCA != "" {
+		b.WriteString("ntstrustedcerts " + timeCAFile + "\n")
 	}
 	b.WriteString("nocerttimecheck 1\nmakestep 1 3\nrtcsync\nport 0\ncmdport 0\nuser _chrony\n" +
 		"driftfile /run/chrony/drift\nntsdumpdir /run/chrony\npidfile /run/chrony/chronyd.pid\nbindcmdaddress /\n")
@@ -420,6 +468,12 @@ func (s *Settings) arguments(try bool) []string {
 	}
 	if token == "pkcs11" {
 		args = append(args, "--module", u.Module, "--uri", u.URI)
+		for _, name := range slices.Sorted(maps.Keys(u.Environment)) {
+			args = append(args, "--environment", name+"="+u.Environment[name])
+		}
+		for _, each := range s.HSM {
+			args = append(args, "--hsm", each)
+		}
 	}
 	if token == "tpm" && try {
 		args = append(args, "--unmeasured")

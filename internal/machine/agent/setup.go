@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/user"
 	"strconv"
 	"time"
 
@@ -18,16 +19,35 @@ import (
 // configFile is the configuration of the appliance.
 const configFile = "/etc/countersign/countersign.toml"
 
+// ledgerFile is the ledger of the appliance.
+const ledgerFile = "/var/lib/countersign/ledger.db"
+
+// waiting reports that the machine has no appliance, and waits for a backup.
+func waiting() bool {
+	s, err := LoadSettings()
+	if err != nil || !s.Setup.Restore {
+		return false
+	}
+	_, err = os.Stat(ledgerFile)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 // SetUp makes the appliance at the first boot, and goes on with one that was cut off.
 func SetUp(ctx context.Context, log io.Writer) error {
+	if err := makeBackupFolder(); err != nil {
+		return err
+	}
 	s, err := LoadSettings()
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat("/var/lib/countersign/ledger.db"); err == nil {
+	if _, err := os.Stat(ledgerFile); err == nil {
 		return nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
+	}
+	if s.Setup.Restore {
+		return errors.New("this machine waits for a backup: c in the menu runs countersignd restore with a drive")
 	}
 	if _, err := os.Stat(configFile); err == nil {
 		// The set-up goes on by the configuration that is there.
@@ -50,6 +70,24 @@ func SetUp(ctx context.Context, log io.Writer) error {
 		args = append(args, "--counter-index", strconv.FormatUint(uint64(index), 10))
 	}
 	return setUp(ctx, log, args...)
+}
+
+// backupFolder is for the configuration to name: nobody could make a folder on the machine.
+const backupFolder = "/var/lib/countersign/backups"
+
+func makeBackupFolder() error {
+	daemon, err := user.Lookup("countersign")
+	if err != nil {
+		return err
+	}
+	uid, _ := strconv.Atoi(daemon.Uid)
+	gid, _ := strconv.Atoi(daemon.Gid)
+	if err := os.Mkdir(backupFolder, 0o700); errors.Is(err, fs.ErrExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return os.Lchown(backupFolder, uid, gid)
 }
 
 func setUp(ctx context.Context, log io.Writer, args ...string) error {
