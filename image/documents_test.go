@@ -56,6 +56,9 @@ func TestDocuments(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", commands, err, out)
 		}
+		if strings.Contains(commands, "machine configure") {
+			v.configured(ada)
+		}
 		joined := func(text string) string { return strings.Join(strings.Fields(text), " ") }
 		for line := range strings.Lines(b[3]) {
 			for part := range strings.SplitSeq(strings.TrimSpace(line), "…") {

@@ -171,8 +171,8 @@ func TestConfigure(t *testing.T) {
 		now + "bogus = 1\n":        "unknown field",
 		now:                        "is in force already",
 		strings.Repeat("#", 1<<17): "a file here has 1 to 65536 bytes",
-		strings.Replace(now, fmt.Sprint(v.peers), "1", 1):                     "listen belongs to the machine",
-		now + "\n[tokens.other]\ntpm = \"/dev/tpmrm0\"\nstate = \"/tmp/x\"\n": "tokens belongs to the machine",
+		strings.Replace(now, fmt.Sprint(v.peers), "1", 1):       "listen belongs to the machine",
+		strings.Replace(now, "pcrs = [7]", "pcrs = [7, 14]", 1): "tokens belongs to the machine",
 	} {
 		must(0, os.WriteFile(next, []byte(text), 0o600))(t)
 		if out, err := ann.try("admin", "machine", "configure", next); err == nil || !strings.Contains(out, want) {
@@ -207,7 +207,7 @@ func TestConfigure(t *testing.T) {
 
 	// The folder of a sink that can't be there: the text is right, and the daemon does not come up.
 	good := ann.tool("admin", "machine", "configuration")
-	must(0, os.WriteFile(next, []byte(good+"\n[[sinks]]\nfile = \"/proc/none/log\"\n"), 0o600))(t)
+	must(0, os.WriteFile(next, []byte(good+"\n[[sinks]]\nname = \"log\"\nfile = \"/proc/none/log\"\n"), 0o600))(t)
 	ann.tool("admin", "machine", "configure", next)
 	v.configured(ann)
 	if events := ann.events("MachineConfigurationFailed"); !strings.Contains(events, "MachineConfigurationFailed") {

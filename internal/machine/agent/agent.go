@@ -232,8 +232,9 @@ func (a *Agent) routes() http.Handler {
 	act("POST /install", daemon, a.install)
 	act("POST /prove", daemon, a.prove)
 	act("POST /settle", daemon, a.settle)
-	act("POST /reboot", everybody, func(context.Context, string) (any, error) { return nil, a.systemctl("reboot") })
-	act("POST /poweroff", everybody, func(context.Context, string) (any, error) { return nil, a.systemctl("poweroff") })
+	// A machine can be stopped at any time: each act stands a power cut.
+	handle("POST /reboot", everybody, func(*http.Request) (any, error) { return nil, a.systemctl("reboot") })
+	handle("POST /poweroff", everybody, func(*http.Request) (any, error) { return nil, a.systemctl("poweroff") })
 	act("POST /reset", everybody, func(ctx context.Context, name string) (any, error) {
 		return nil, a.destroy(ctx, name, false)
 	})
@@ -252,7 +253,11 @@ func (a *Agent) routes() http.Handler {
 	act("POST /await-backup", console, func(ctx context.Context, name string) (any, error) {
 		return nil, a.destroy(ctx, name, true)
 	})
-	handle("POST /command", console, nil)
+	mux.HandleFunc("POST /command", from(console, func(w http.ResponseWriter, r *http.Request) {
+		if err := a.command(w, r); err != nil {
+			refuse(w, "POST /command", err)
+		}
+	}))
 	act("POST /link", console, func(ctx context.Context, name string) (any, error) {
 		url, err := a.FirstLink(ctx, name)
 		return machine.Named{Name: url}, err

@@ -2,12 +2,16 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -302,5 +306,52 @@ func TestConsole(t *testing.T) {
 	typed.Close()
 	if err := <-done; err != nil || len(asked) > 0 {
 		t.Errorf("%v, %d", err, len(asked))
+	}
+}
+
+// TestCallers refuses acts to users who have no need of them: the daemon reaches the network, and a
+// person at the console is no operator.
+func TestCallers(t *testing.T) {
+	const daemon, console, stranger = 1001, 1002, 1003
+	a := &Agent{Log: slog.New(slog.DiscardHandler), daemon: daemon, console: console}
+	routes := a.routes()
+	consoles := []string{"PUT /settings", "PUT /pin", "POST /link", "POST /command", "POST /await-backup"}
+	daemons := []string{"POST /report", "PUT /update", "POST /update/end", "POST /install", "POST /prove",
+		"POST /settle", "GET /configuration", "POST /configuration/check", "POST /configuration", "POST /configuration/settle",
+		"PUT /files", "POST /files/remove"}
+	both := []string{"GET /status", "POST /reboot", "POST /poweroff", "POST /reset", "GET /settings"}
+	for caller, refused := range map[int][]string{
+		daemon: consoles, console: daemons, stranger: slices.Concat(consoles, daemons, both), -1: both,
+	} {
+		for _, route := range refused {
+			method, path, _ := strings.Cut(route, " ")
+			r := httptest.NewRequest(method, path, strings.NewReader("{}"))
+			w := httptest.NewRecorder()
+			routes.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, caller)))
+			if w.Code != http.StatusForbidden {
+				t.Errorf("%d may ask for %s: %d", caller, route, w.Code)
+			}
+		}
+	}
+}
+
+// TestCommandIsRefused has the console say why a command is not run.
+func TestCommandIsRefused(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l := must(net.Listen("unix", socket))(t)
+	a := &Agent{Log: slog.New(slog.DiscardHandler)}
+	routes := a.routes()
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		routes.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, a.console)))
+	})}
+	go server.Serve(l)
+	defer server.Close()
+	for line, want := range map[string]string{
+		"serve": "none of the commands", "check": "the state of this machine is not open",
+	} {
+		err := machine.Client{Path: socket}.Command(t.Context(), line, nil, io.Discard)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", line, err)
+		}
 	}
 }

@@ -164,10 +164,20 @@ func withDrive(do func() error) (err error) {
 	if err := unix.Mount(driveDevice, driveFolder, "vfat", flags, "umask=0077,errors=remount-ro"); err != nil {
 		return fmt.Errorf("the drive: %w", err)
 	}
-	defer func() {
-		err = errors.Join(err, syncAll(driveFolder), unix.Unmount(driveFolder, 0))
-	}()
+	defer func() { err = errors.Join(err, syncAll(driveFolder), unmountDrive()) }()
 	return do()
+}
+
+// unmountDrive waits a little for processes of a command that was ended. All is on the drive
+// already.
+func unmountDrive() error {
+	for range 50 {
+		if err := unix.Unmount(driveFolder, 0); !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	return unix.Unmount(driveFolder, unix.MNT_DETACH)
 }
 
 // command runs a command, whose terminal is the connection.
