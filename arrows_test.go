@@ -49,12 +49,13 @@ var arrows = map[string]room{
 	},
 	"internal/machine": {ours: "internal/manage internal/secret internal/update"},
 	"internal/machine/agent": {
-		ours: "internal/cli internal/durable internal/machine internal/manage internal/secret internal/update tpm",
+		ours: "approval internal/cli internal/durable internal/machine internal/manage internal/secret " +
+			"internal/update tpm",
 		outside: "github.com/pelletier/go-toml/v2 github.com/tyler-smith/go-bip39 golang.org/x/mod " +
 			"golang.org/x/sys",
 	},
 	"internal/update": {ours: "approval"},
-	"image":           {ours: "internal/durable internal/machine tpm"},
+	"image":           {ours: "internal/durable internal/machine internal/update tpm"},
 	"image/build":     {ours: "image internal/update", outside: "github.com/spf13/cobra"},
 	// The edge for operators.
 	"admin": {

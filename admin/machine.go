@@ -259,30 +259,33 @@ func (s *server) machineConfiguration(ctx context.Context, _ caller, _ *none) (a
 	return api.Configuration{Text: text, SHA256: hexDigest([]byte(text))}, nil
 }
 
-// putMachineFile has its event before the file: a file without an event can't be.
+// putMachineFile keeps a file. Its name, which the event has, is known afterwards only: a file
+// without an event is removed, and no approved configuration can name it.
 func (s *server) putMachineFile(ctx context.Context, who caller, in *struct {
-	Name    string `path:"name" pattern:"^[a-z0-9][a-z0-9._-]{0,63}$"`
+	Name    string `path:"name" pattern:"^[a-z0-9][a-z0-9_-]{0,39}$"`
 	RawBody []byte `contentType:"application/octet-stream"`
-}) error {
+}) (api.MachineFile, error) {
 	if err := s.noMachine(); err != nil {
-		return err
+		return api.MachineFile{}, err
 	}
 	defer clear(in.RawBody)
+	name, err := s.Machine.PutFile(ctx, in.Name, in.RawBody)
+	if err != nil {
+		return api.MachineFile{}, conflict.errorf("%v", err)
+	}
+	if err := s.Appliance.Record(ctx, audit.NewMachineFileKept(who.actor(), name, len(in.RawBody))); err != nil {
+		return api.MachineFile{}, errors.Join(err, s.Machine.RemoveFile(context.WithoutCancel(ctx), name))
+	}
 	st, err := onMachine(s.Machine)
 	if err != nil {
-		return err
+		return api.MachineFile{}, err
 	}
-	if slices.ContainsFunc(st.Files, func(f machine.File) bool { return f.Name == in.Name }) {
-		return conflict.errorf("there is a file %s already: give this one another name, which the configuration "+
-			"then has", in.Name)
+	for _, f := range st.Files {
+		if f.Name == name {
+			return api.MachineFile(f), nil
+		}
 	}
-	if err := s.Appliance.Record(ctx, audit.NewMachineFileKept(who.actor(), in.Name, len(in.RawBody))); err != nil {
-		return err
-	}
-	if err := s.Machine.PutFile(ctx, in.Name, in.RawBody); err != nil {
-		return conflict.errorf("%v", err)
-	}
-	return nil
+	return api.MachineFile{}, conflict.errorf("the file %s was removed meanwhile", name)
 }
 
 func (s *server) removeMachineFile(ctx context.Context, who caller, in *named) error {

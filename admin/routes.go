@@ -341,7 +341,7 @@ func (s *server) routes() {
 		route: "GET /v1/machine/configuration", id: "machine-configuration",
 		summary: "Show the configuration of an appliance that was booted from the image",
 		roles:   of(administrator, operator, auditor, approver), refused: whileUninitialised})
-	routeEmpty(s, s.putMachineFile, operation{
+	route(s, s.putMachineFile, operation{
 		route: "PUT /v1/machine/files/{name}", id: "put-machine-file",
 		summary: "Keep a file on the machine, such as a password, for the configuration to name",
 		roles:   of(administrator), refused: whileUninitialised, body: machine.MaxFile + 1})

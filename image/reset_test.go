@@ -73,7 +73,7 @@ func TestMenu(t *testing.T) {
 	v.see("/enrol#")
 	v.typeLine("")
 	v.typeLine("x\x1b[31m")
-	v.see(`is none of the letters`)
+	v.see("this is none of the letters")
 	v.typeLine("n")
 	v.see("Addresses with their networks")
 	v.typeLine("10.0.2.99")

@@ -182,20 +182,26 @@ func TestConfigure(t *testing.T) {
 
 	password := filepath.Join(t.TempDir(), "password")
 	must(0, os.WriteFile(password, []byte("not-a-real-one\n"), 0o600))(t)
-	ann.tool("admin", "machine", "file", "put", "mail-1", password)
-	for _, args := range [][]string{{"put", "mail-1", password}, {"put", "Mail", password}, {"remove", "mail-2"}} {
+	kept := regexp.MustCompile(`/etc/countersign/files/(mail\.[0-9a-f]{16}), 15 bytes, not used`)
+	path := kept.FindStringSubmatch(ann.tool("admin", "machine", "file", "put", "mail", password))
+	other := kept.FindStringSubmatch(ann.tool("admin", "machine", "file", "put", "mail", password))
+	if path == nil || other == nil || path[1] == other[1] {
+		t.Fatalf("the files are %v and %v", path, other)
+	}
+	ann.tool("admin", "machine", "file", "remove", other[1])
+	for _, args := range [][]string{{"put", "Mail", password}, {"put", "a.b", password}, {"remove", other[1]}} {
 		if out, err := ann.try(append([]string{"admin", "machine", "file"}, args...)...); err == nil {
 			t.Errorf("%v: %s", args, out)
 		}
 	}
 	v.withBackups(ann)
 	v.configure(ann, "\n[mail]\nserver = \"192.0.2.1:465\"\nfrom = \"a@example.com\"\nto = [\"b@example.com\"]\n"+
-		"user = \"a\"\npassword_file = \"/etc/countersign/files/mail-1\"\n")
+		"user = \"a\"\npassword_file = \"/etc/countersign/files/"+path[1]+"\"\n")
 	out := ann.tool("admin", "machine", "show")
-	if !strings.Contains(out, "/etc/countersign/files/mail-1, 15 bytes\n") {
+	if !strings.Contains(out, path[1]+", 15 bytes\n") {
 		t.Error(out)
 	}
-	if out, err := ann.try("admin", "machine", "file", "remove", "mail-1"); err == nil ||
+	if out, err := ann.try("admin", "machine", "file", "remove", path[1]); err == nil ||
 		!strings.Contains(out, "the configuration names the file") {
 		t.Error(err, out)
 	}

@@ -5,10 +5,16 @@ import (
 	"crypto/sha256"
 	"debug/pe"
 	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"unicode/utf16"
+
+	"countersign/internal/update"
+	"countersign/tpm"
 )
 
 // Section is a part of a unified kernel image (UAPI.5). The name begins with a dot.
@@ -54,6 +60,50 @@ func (r register) extend(what []byte) {
 	digest := sha256.Sum256(what)
 	next := sha256.Sum256(append(slices.Clone(r), digest[:]...))
 	copy(r, next[:])
+}
+
+// Manifest reads from a unified kernel image what its manifest says: version, variant, and the
+// newest rollback version that its measurements are signed for.
+func Manifest(uki []byte) (m update.Manifest, err error) {
+	f, err := pe.NewFile(bytes.NewReader(uki))
+	if err != nil {
+		return m, fmt.Errorf("the image: %w", err)
+	}
+	read := func(name string) ([]byte, error) {
+		s := f.Section(name)
+		if s == nil {
+			return nil, fmt.Errorf("the image has no section %s", name)
+		}
+		b, err := s.Data()
+		return b[:min(int(s.VirtualSize), len(b))], err
+	}
+	release, err := read(".osrel")
+	if err != nil {
+		return m, err
+	}
+	for line := range strings.Lines(string(release)) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		switch name {
+		case "IMAGE_VERSION":
+			m.Version = value
+		case "IMAGE_ID":
+			m.Variant = strings.TrimPrefix(value, "countersign-")
+		}
+	}
+	signed, err := read(".pcrsig")
+	if err != nil {
+		return m, err
+	}
+	var states []tpm.ImageState
+	if err := json.Unmarshal(signed, &states); err != nil {
+		return m, fmt.Errorf("the image: section .pcrsig: %w", err)
+	}
+	for _, s := range states {
+		m.Rollback = max(m.Rollback, s.Minimum)
+	}
+	sum := sha256.Sum256(uki)
+	m.Size, m.SHA256 = int64(len(uki)), hex.EncodeToString(sum[:])
+	return m, m.Check()
 }
 
 // Offsets in a PE file (PE Format, "COFF File Header" and "Optional Header PE32+").

@@ -163,8 +163,10 @@ func (m *maker) image(t testing.TB, change func(*image.Options)) built {
 func (m *maker) update(t testing.TB, b built, keys ...string) string {
 	t.Helper()
 	content := must(os.ReadFile(b.UKI))(t)
-	man := update.Manifest{Version: b.options.Version, Variant: "vm", Rollback: b.Rollback, Size: int64(len(content)),
-		SHA256: sum(content)}
+	man := must(image.Manifest(content))(t)
+	if man.Version != b.options.Version || man.Rollback != b.Rollback || man.Variant != b.options.Variant {
+		t.Fatalf("the manifest is %+v", man)
+	}
 	text := filepath.Join(t.TempDir(), "manifest")
 	must(0, os.WriteFile(text, []byte(man.Text()), 0o600))(t)
 	var signatures []string

@@ -489,6 +489,48 @@ func TestRestoreInPlace(t *testing.T) {
 	p.stop()
 }
 
+// TestRestoreOnAnotherTPM restores an appliance whose TPM is lost. An empty folder for the new TPM
+// has the records of the lost one aside, should that one come back, and the restore says that their
+// keys are not there. With the right TPM, nothing is put aside.
+func TestRestoreOnAnotherTPM(t *testing.T) {
+	e := tpmtest.New(t)
+	s := newTPMSystem(t, e, "")
+	s.backedUp()
+	p := s.serve()
+	s.enrol()
+	backup := s.newBackup()
+	p.stop()
+	aside := func() []string { return must(filepath.Glob(s.path("keys/*.replaced-*")))(t) }
+	if out, code := s.daemon("init", "--token", "main", "--new-token"); code != 0 || len(aside()) != 0 {
+		t.Errorf("with the right TPM: %d %s %v", code, out, aside())
+	}
+	files := must(filepath.Glob(s.path("keys/*")))(t)
+	if err := os.Remove(s.path("ledger.db")); err != nil {
+		t.Fatal(err)
+	}
+	e.Clear(t)
+	out, code := s.daemon(s.restoring(backup, s.path("restore.txt"))...)
+	if code == 0 || !strings.Contains(out, "this folder belongs to another TPM") ||
+		!strings.Contains(out, "countersignd init --token main --new-token") {
+		t.Errorf("%d %s", code, out)
+	}
+	if out, code := s.daemon("init", "--token", "main", "--new-token"); code != 0 ||
+		!strings.Contains(out, "records of another TPM have the names") {
+		t.Errorf("%d %s", code, out)
+	}
+	if len(aside()) != len(files) {
+		t.Errorf("aside are %v, before there were %v", aside(), files)
+	}
+	out = s.restore(backup)
+	if !strings.Contains(out, "its folder belongs to another TPM than the backup's") ||
+		!strings.Contains(out, "payments/1 is NOT on its token") {
+		t.Error(out)
+	}
+	if left := must(filepath.Glob(s.path("keys/*.json")))(t); len(left) != 1 {
+		t.Errorf("the folder has %v", left)
+	}
+}
+
 // TestRestoreIsApproved: without the approvals of the backup's own operators, the right text, the
 // right recipient and the whole file, nothing is restored, and what is there stays.
 func TestRestoreIsApproved(t *testing.T) {

@@ -253,7 +253,7 @@ func (s *Store) Records(_ context.Context, after string) (map[string][]byte, err
 		if name <= after || size >= maxRecords {
 			continue
 		}
-		if name != bindingFile && !strings.HasSuffix(name, recordSuffix) && !strings.HasSuffix(name, approvalSuffix) {
+		if name != BindingFile && !strings.HasSuffix(name, recordSuffix) && !strings.HasSuffix(name, approvalSuffix) {
 			continue
 		}
 		if all[name], err = os.ReadFile(filepath.Join(string(s.dir), name)); err != nil {

@@ -222,7 +222,8 @@ func checkSRK(t transport.TPM, handle tpm2.TPMHandle, name tpm2.TPM2BName) (stor
 	}
 	return p, fmt.Errorf("tpm: %w: this folder belongs to another TPM, or to this one before it was cleared "+
 		"(its storage root key is %x, and at %#x %s); put the right TPM back, or correct storage_root; if that "+
-		"TPM is gone, its sealed keys are lost: name a new folder in state, and run countersignd init --token NAME",
+		"TPM is gone, its sealed keys are lost: countersignd init --token NAME --new-token puts them aside, and "+
+		"begins anew with this TPM",
 		keystore.ErrReplaced, name.Buffer, uint32(handle), found)
 }
 

@@ -279,10 +279,11 @@ func TestClearedTPM(t *testing.T) {
 	s.Close()
 	e.Clear(t)
 	_, err := tpm.Open(t.Context(), c)
-	says(t, "opened after a clear", err, keystore.ErrReplaced, "new folder", "countersignd init")
+	says(t, "opened after a clear", err, keystore.ErrReplaced, "puts them aside", "countersignd init")
 	e.StorageRoot(t, "rsa2048:aes128cfb")
 	_, err = tpm.Open(t.Context(), c)
-	says(t, "opened after a clear and another owner", err, keystore.ErrReplaced, "new folder", "another software's key")
+	says(t, "opened after a clear and another owner", err, keystore.ErrReplaced, "puts them aside",
+		"another software's key")
 	c.State += "-new"
 	c.StorageRoot = 0x81000002
 	s = open(t, c)

@@ -113,8 +113,48 @@ func Provision(ctx context.Context, c Config) error {
 		if err != nil {
 			return err
 		}
-		return dir.write(bindingFile, binding{Format: 1, SRKName: hex.EncodeToString(srk.name.Buffer)})
+		return dir.write(BindingFile, binding{Format: 1, SRKName: hex.EncodeToString(srk.name.Buffer)})
 	})
+}
+
+// PutAside renames the files of the state directory to NAME.replaced-TIME, if they belong to
+// another TPM: nothing is lost, should that one come back. The binding goes last, so that the next
+// call goes on with one that was cut off.
+func PutAside(ctx context.Context, c Config) error {
+	dir := stateDir(c.State)
+	name, err := dir.readBinding()
+	if errors.Is(err, ErrNotProvisioned) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	b := newBus(c)
+	defer b.close()
+	err = b.use(ctx, func(t transport.TPM) error {
+		_, err := checkSRK(t, c.storageRoot(), name)
+		return err
+	})
+	if !errors.Is(err, keystore.ErrReplaced) {
+		return err
+	}
+	records, err := filepath.Glob(filepath.Join(c.State, "*"+recordSuffix))
+	if err != nil {
+		return err
+	}
+	suffix := ".replaced-" + time.Now().UTC().Format("20060102T150405Z")
+	for _, path := range records {
+		if err := os.Rename(path, path+suffix); err != nil {
+			return fmt.Errorf("tpm: %w", err)
+		}
+	}
+	if err := dir.sync(); err != nil {
+		return err
+	}
+	path := filepath.Join(c.State, BindingFile)
+	if err := os.Rename(path, path+suffix); err != nil {
+		return fmt.Errorf("tpm: %w", err)
+	}
+	return dir.sync()
 }
 
 // Open connects to the TPM and compares the storage root key with the record in the state
@@ -340,10 +380,10 @@ func (s *Store) forget(tag keystore.Tag) {
 	}
 }
 
-// bindingFile is the name of the file that binds a state directory to a TPM.
-const bindingFile = "tpm.json"
+// BindingFile is the name of the file that binds a state directory to a TPM.
+const BindingFile = "tpm.json"
 
-// binding is the content of bindingFile: the storage root key of the directory's TPM.
+// binding is the content of BindingFile: the storage root key of the directory's TPM.
 type binding struct {
 	Format  int    `json:"format"`
 	SRKName string `json:"srk_name"` // hex of the TPM2B_NAME, TPM 2.0 Part 1 section 16
@@ -366,9 +406,9 @@ func (d stateDir) write(name string, v any) (err error) {
 
 func (d stateDir) sync() error { return durable.Sync(string(d)) }
 
-// readBinding returns the name of the storage root key in bindingFile.
+// readBinding returns the name of the storage root key in BindingFile.
 func (d stateDir) readBinding() (name tpm2.TPM2BName, err error) {
-	b, err := os.ReadFile(filepath.Join(string(d), bindingFile))
+	b, err := os.ReadFile(filepath.Join(string(d), BindingFile))
 	if errors.Is(err, os.ErrNotExist) {
 		return name, fmt.Errorf("%w: run countersignd init", ErrNotProvisioned)
 	} else if err != nil {
@@ -376,10 +416,10 @@ func (d stateDir) readBinding() (name tpm2.TPM2BName, err error) {
 	}
 	var r binding
 	if err := json.Unmarshal(b, &r); err != nil || r.Format != 1 {
-		return name, fmt.Errorf("tpm: %s is damaged or of a newer version; restore it from a backup", bindingFile)
+		return name, fmt.Errorf("tpm: %s is damaged or of a newer version; restore it from a backup", BindingFile)
 	}
 	if name.Buffer, err = hex.DecodeString(r.SRKName); err != nil || len(name.Buffer) == 0 {
-		return name, fmt.Errorf("tpm: %s is damaged; restore it from a backup", bindingFile)
+		return name, fmt.Errorf("tpm: %s is damaged; restore it from a backup", BindingFile)
 	}
 	return name, nil
 }

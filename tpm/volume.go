@@ -195,13 +195,45 @@ func (s *Store) volumeCounter(t transport.TPM) (value uint64, index tpm2.NamedHa
 	} else if err != nil {
 		return 0, index, err
 	}
-	if value, err = s.read(t, volumeOwner); err != nil { // no value before the first increment
-		if value, err = s.increment(t, volumeOwner); err != nil {
-			return 0, index, err
-		}
+	value, err = s.read(t, volumeOwner)
+	if errors.Is(err, tpm2.TPMRCNVUninitialized) { // no value before the first increment
+		value, err = s.increment(t, volumeOwner)
+	}
+	if err != nil {
+		return 0, index, err
 	}
 	_, index, err = s.counter(t, volumeOwner)
 	return value, index, err
+}
+
+// closed is what End measures.
+var closed = sha256.Sum256([]byte("countersign: the disk is opened no more"))
+
+// End measures into register 11 that the disk is opened no more: until the next boot, the TPM
+// unseals its key for nobody. End fails unless the register has changed.
+func (v Volumes) End(ctx context.Context) error {
+	b := newBus(v.Config)
+	defer b.close()
+	return b.use(ctx, func(t transport.TPM) error {
+		before, err := readPCRs(t, "", SignedPCRs[:1])
+		if err != nil {
+			return err
+		}
+		_, err = tpm2.PCRExtend{
+			PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(SignedPCRs[0]), Auth: tpm2.PasswordAuth(nil)},
+			Digests: tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{
+				{HashAlg: tpm2.TPMAlgSHA256, Digest: closed[:]},
+			}},
+		}.Execute(t)
+		if err != nil {
+			return deviceError("TPM2_PCR_Extend", err)
+		}
+		now, err := readPCRs(t, "", SignedPCRs[:1])
+		if err == nil && bytes.Equal(before[0].Value, now[0].Value) {
+			err = fmt.Errorf("tpm: %w: TPM2_PCR_Extend has changed nothing", keystore.ErrUnfit)
+		}
+		return err
+	})
 }
 
 // Raise increments the counter of disks, from which on the seals of before open no more. A counter

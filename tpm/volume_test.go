@@ -108,6 +108,20 @@ func TestVolume(t *testing.T) {
 	}
 }
 
+// TestVolumeEnd opens a disk no more in this boot, also with the signature of the image that runs.
+func TestVolumeEnd(t *testing.T) {
+	d := newDisk(t)
+	v, image := d.seal(1, false), d.image(d.signer, 1)
+	d.wantOpen(v, image)
+	if err := d.End(d.ctx()); err != nil {
+		t.Fatal(err)
+	}
+	d.wantRefused(v, image, tpm.ErrStateMeasured, "unified kernel image")
+	if n := d.e.Handles(t); n != 0 {
+		t.Fatalf("%d handles are left in the TPM", n)
+	}
+}
+
 // TestVolumeOfAnotherState changes each register of the policy, one at a time.
 func TestVolumeOfAnotherState(t *testing.T) {
 	for register, words := range map[int]string{

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -90,7 +91,7 @@ func (c *Client) UploadUpdate(ctx context.Context, file io.Reader, report func(s
 		n, err := io.ReadFull(file, part)
 		if n > 0 {
 			path := fmt.Sprintf("/v1/machine/update?offset=%d", offset)
-			if err := c.put(ctx, path, part[:n]); err != nil {
+			if err := c.put(ctx, path, part[:n], nil); err != nil {
 				return m, err
 			}
 			offset += int64(n)
@@ -115,23 +116,29 @@ func (c *Client) Configuration(ctx context.Context) (d Configuration, err error)
 	return d, c.do(ctx, http.MethodGet, "/v1/machine/configuration", nil, &d)
 }
 
-// PutMachineFile keeps a new file for the configuration to name.
-func (c *Client) PutMachineFile(ctx context.Context, name string, content []byte) error {
-	return c.put(ctx, "/v1/machine/files/"+url.PathEscape(name), content)
+// PutMachineFile keeps a new file for the configuration to name. The appliance adds a random end to
+// the name.
+func (c *Client) PutMachineFile(ctx context.Context, name string, content []byte) (f MachineFile, err error) {
+	return f, c.put(ctx, "/v1/machine/files/"+url.PathEscape(name), content, &f)
 }
 
-// put sends bytes that are no document.
-func (c *Client) put(ctx context.Context, path string, content []byte) error {
+// put sends bytes that are no document. out is nil for an empty answer.
+func (c *Client) put(ctx context.Context, path string, content []byte, out any) error {
 	resp, err := c.send(ctx, http.MethodPut, path, content, "Content-Type", "application/octet-stream")
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode/100 != 2 {
-		err = refusal(resp, b)
+	switch {
+	case err != nil:
+		return err
+	case resp.StatusCode/100 != 2:
+		return refusal(resp, b)
+	case out == nil:
+		return nil
 	}
-	return err
+	return json.Unmarshal(b, out)
 }
 
 // RemoveMachineFile removes a file that the configuration does not name.

@@ -50,11 +50,17 @@ func run(args []string, stdout, stderr io.Writer) int {
 	})
 	command("network", "Write the configuration of network, firewall and clock", func(ctx context.Context) error {
 		s, err := agent.LoadSettings()
-		return agent.Record("network", errors.Join(err, agent.ApplyNetwork(ctx, s)))
+		if err == nil {
+			err = agent.ApplyNetwork(ctx, s)
+		}
+		return agent.Record("network", err)
 	})
 	command("resolv", "Write the name servers of DHCP", func(context.Context) error {
 		s, err := agent.LoadSettings()
-		return errors.Join(err, agent.WriteResolv(s))
+		if err == nil {
+			err = agent.WriteResolv(s)
+		}
+		return err
 	})
 	command("setup", "Make the appliance at the first boot", func(ctx context.Context) error {
 		return agent.Record("setup", agent.SetUp(ctx, stdout))

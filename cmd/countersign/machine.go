@@ -88,17 +88,21 @@ func (t *tool) machineFile(act maker) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return c.PutMachineFile(ctx, args[0], b)
+			f, err := c.PutMachineFile(ctx, args[0], b)
+			if err != nil {
+				return err
+			}
+			return t.print(f, func(w io.Writer) { showFile(w, f) })
 		})
 	details(put, "A password, a private key of SFTP or a CA, which only the daemon can read from then on. A file is\n"+
-		"never replaced: give a new one another name, and put the name into the configuration. The path\n"+
-		"for the configuration is that of admin machine show.")
-	put.Example = "  countersign admin machine file put mail-2026 password"
+		"never replaced, not even by one of the same name: the path for the configuration, which is\n"+
+		"printed, has a random end.")
+	put.Example = "  countersign admin machine file put mail password"
 	remove := act("remove NAME", "Remove a file that the configuration does not name", cobra.ExactArgs(1),
 		func(ctx context.Context, c *api.Client, args []string) error {
 			return c.RemoveMachineFile(ctx, args[0])
 		})
-	remove.Example = "  countersign admin machine file remove mail-2025"
+	remove.Example = "  countersign admin machine file remove mail.5fc23a8bc64cf905"
 	return group("file", "Keep files on the machine, such as passwords", put, remove)
 }
 
@@ -131,11 +135,15 @@ func showMachine(w io.Writer, m api.Machine) {
 		fmt.Fprintf(w, "configuration\t%s: %s%s\n", c.SHA256, c.Phase, either(c.Why != "", ": "+c.Why, ""))
 	}
 	for _, f := range m.Files {
-		fmt.Fprintf(w, "file\t%s, %s%s\n", f.Path, cli.Count(uint64(f.Size), "byte"), either(f.Used, "", ", not used"))
+		showFile(w, f)
 	}
 	for _, f := range m.Failures {
 		fmt.Fprintf(w, "FAILED\t%s\n", f)
 	}
+}
+
+func showFile(w io.Writer, f api.MachineFile) {
+	fmt.Fprintf(w, "file\t%s, %s%s\n", f.Path, cli.Count(uint64(f.Size), "byte"), either(f.Used, "", ", not used"))
 }
 
 // update proposes updates of the image.

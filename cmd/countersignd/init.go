@@ -95,12 +95,15 @@ func makeOwn(
 // keys. initialise is idempotent: each step is atomic, and an existing part is not changed. The
 // tokens prove that they can have the keys before the ledger is made.
 func initialise(ctx context.Context, c Config, o initOptions, stdout, stderr io.Writer) error {
-	if o.newToken != (o.soPINFile != "") {
-		return configError{errors.New("--new-token and --so-pin-file go together")}
-	}
 	if o.token != "" && c.Tokens[o.token] == nil {
 		return configError{fmt.Errorf("--token %s: the configuration has no table [tokens.%s]; write the table first",
 			o.token, o.token)}
+	}
+	switch inTPM := o.token != "" && c.Tokens[o.token].TPM != ""; {
+	case inTPM && o.soPINFile != "":
+		return configError{errors.New("--so-pin-file: a TPM has no security officer: leave the flag out")}
+	case !inTPM && o.newToken != (o.soPINFile != ""):
+		return configError{errors.New("--new-token and --so-pin-file go together")}
 	}
 	if _, err := policy.Load(c.Policy); err != nil {
 		return err
@@ -228,6 +231,7 @@ func makeFolder(path string) error {
 }
 
 // makeToken initialises a token: with newToken a PKCS#11 token that is missing, and a TPM always.
+// Records of another TPM are put aside, if newToken is for this token alone.
 func makeToken(
 	ctx context.Context, c Config, name string, o initOptions, log *slog.Logger, stderr io.Writer,
 ) error {
@@ -235,10 +239,13 @@ func makeToken(
 	if t.TPM == "" && !o.newToken {
 		return nil
 	}
-	made, err := newToken(ctx, c, name, log)
+	made, err := newToken(ctx, c, name, o.newToken && o.token == name, log)
 	switch {
 	case made && t.TPM != "":
 		fmt.Fprintf(stderr, "prepared the TPM of the token %s, with its state in %s\n", name, t.State)
+		if o.newToken {
+			fmt.Fprintf(stderr, "records of another TPM have the names NAME.replaced-TIME there, and are of no use\n")
+		}
 	case made:
 		fmt.Fprintf(stderr, "created the token %s\n", t.URI)
 	}

@@ -154,7 +154,7 @@ func (c *Config) workerCommand(s launcher.Start, soPINFile string) (*exec.Cmd, [
 	}
 	written := t.journal
 	written.Token = s.Token
-	d := device{Journal: &written, Make: s.Make}
+	d := device{Journal: &written, Make: s.Make, Replace: s.Replace}
 	// An error comes again when a key worker writes, and is told then.
 	os.MkdirAll(written.Folder, 0o700)
 	if s.Make && t.TPM != "" {

@@ -34,7 +34,8 @@ type machineReport struct {
 	config   string // SHA-256 of the configuration that this daemon has read
 	log      *slog.Logger
 
-	failed string // the last error, so that each is logged once
+	begun  time.Time // of run
+	failed string    // the last error, so that each is logged once
 }
 
 // reportInterval is the time between two reports.
@@ -42,6 +43,7 @@ const reportInterval = 5 * time.Second
 
 // run reports until ctx ends.
 func (m *machineReport) run(ctx context.Context) {
+	m.begun = time.Now()
 	for {
 		err := errors.Join(m.report(ctx), m.endChanges(ctx))
 		text := ""
@@ -99,14 +101,24 @@ func (m *machineReport) endChanges(ctx context.Context) error {
 	return err
 }
 
+// settling is the time that a daemon serves before it says that it has come up with a
+// configuration.
+const settling = 15 * time.Second
+
 // endConfiguration writes the end of a change of the configuration into the audit log: this daemon
-// has come up with the new one, or the machine went back.
+// has come up with the new one, has served a while and signs, or the machine went back.
 func (m *machineReport) endConfiguration(ctx context.Context, c machine.PendingConfiguration) error {
 	var e audit.Event
 	switch {
 	case c.Phase == machine.PhaseFailed:
 		e = audit.NewMachineConfigurationFailed(c.SHA256, c.Why)
 	case m.config == c.SHA256:
+		if time.Since(m.begun) < settling {
+			return nil
+		}
+		if err := m.app.Canary(ctx); err != nil {
+			return err
+		}
 		e = audit.NewMachineConfigured(c.SHA256)
 	default:
 		return nil // the daemon is about to restart

@@ -126,7 +126,7 @@ func run(ctx context.Context, args []string, stdout io.Writer, stderr *logqueue.
 	initCmd.Flags().BoolVar(&making.newToken, "new-token", false,
 		"initialise each missing PKCS#11 token first, with the label of its URI")
 	initCmd.Flags().StringVar(&making.soPINFile, "so-pin-file", "",
-		"with --new-token: the file with the security officer's PIN")
+		"with --new-token, but for a TPM: the file with the security officer's PIN")
 	initCmd.Flags().StringArrayVar(&making.holders, "holder", nil,
 		"NAME=KEY or NAME=FILE, a recovery holder with a key of age or SSH; can be repeated")
 	initCmd.Flags().IntVar(&making.needed, "needed", 0, "so many holders together bring a key back")

@@ -32,6 +32,7 @@ import (
 	"countersign/internal/operators"
 	"countersign/internal/recipient"
 	"countersign/internal/resource"
+	"countersign/tpm"
 
 	"golang.org/x/sys/unix"
 )
@@ -385,6 +386,10 @@ func (r *restoring) putFiles(b openedBackup, stdout io.Writer) (configuration st
 	if err != nil {
 		return "", err
 	}
+	foreign, err := r.foreign(b)
+	if err != nil {
+		return "", err
+	}
 	for i, f := range b.Manifest.Files {
 		if f.Kind == backup.Ledger {
 			continue
@@ -394,6 +399,11 @@ func (r *restoring) putFiles(b openedBackup, stdout io.Writer) (configuration st
 			return "", err
 		}
 		path := r.place(f.Path)
+		if f.Kind == backup.TokenFile && foreign[filepath.Dir(path)] {
+			fmt.Fprintf(stdout, "%-12s %s stays away: its folder belongs to another TPM than the backup's\n", "file",
+				path)
+			continue
+		}
 		if f.Kind == backup.Configuration {
 			content = r.configuration(content)
 		} else if !allowed(f.Kind, path) {
@@ -417,6 +427,30 @@ func (r *restoring) putFiles(b openedBackup, stdout io.Writer) (configuration st
 		}
 	}
 	return configuration, nil
+}
+
+// foreign returns the folders of this machine that belong to another TPM than they do in the
+// backup: the records of keys there would be of no use.
+func (r *restoring) foreign(b openedBackup) (map[string]bool, error) {
+	all := map[string]bool{}
+	for i, f := range b.Manifest.Files {
+		path := r.place(f.Path)
+		if f.Kind != backup.TokenFile || filepath.Base(path) != tpm.BindingFile {
+			continue
+		}
+		there, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		content, err := os.ReadFile(b.Contents.Files[i])
+		if err != nil {
+			return nil, err
+		}
+		all[filepath.Dir(path)] = !bytes.Equal(there, content)
+	}
+	return all, nil
 }
 
 // makeFolder makes a folder that is missing, and those above it.
@@ -480,7 +514,7 @@ func (r *restoring) giveFiles(b openedBackup, c Config) error {
 			continue
 		}
 		path := r.place(f.Path)
-		if err := give(path, c.keysUser); err != nil {
+		if err := give(path, c.keysUser); err != nil && !errors.Is(err, fs.ErrNotExist) { // of another TPM
 			return err
 		}
 		if folder := filepath.Dir(path); slices.Contains(r.made, folder) {

@@ -54,10 +54,11 @@ func openToken(
 }
 
 // newToken has a key worker initialise a PKCS#11 token or the folder of a TPM, and reports whether
-// the token was missing. A module has the token's environment, and its output goes to the log.
-func newToken(ctx context.Context, c Config, name string, log *slog.Logger) (made bool, err error) {
+// the token was missing. With replace, the records of another TPM are put aside first. A module has
+// the token's environment, and its output goes to the log.
+func newToken(ctx context.Context, c Config, name string, replace bool, log *slog.Logger) (made bool, err error) {
 	t := c.Tokens[name]
-	config := c.workers(name, launcher.Start{Token: name, Make: true}, log)
+	config := c.workers(name, launcher.Start{Token: name, Make: true, Replace: replace}, log)
 	config.Workers, config.Deadline = 1, max(config.Deadline, newTokenTime)
 	pool, err := worker.Open(ctx, config, false)
 	switch {
@@ -212,6 +213,7 @@ type device struct {
 	TPM *tpm.Config `json:"tpm,omitempty"`
 
 	Make      bool   `json:"make"`                  // the token first: HSM with SOPINFile, or the folder of a TPM
+	Replace   bool   `json:"replace,omitempty"`     // with Make: what belongs to another TPM is put aside
 	SOPINFile string `json:"so_pin_file,omitempty"` // the file with the PIN of the security officer
 
 	Journal *journal.Config `json:"journal,omitempty"` // of the token's key workers
@@ -264,6 +266,11 @@ func (d device) open(ctx context.Context, gate worker.LogIn) (keystore.Store, in
 	case d.TPM != nil:
 		d.TPM.LogIn = gate
 		if d.Make {
+			if d.Replace {
+				if err := tpm.PutAside(ctx, *d.TPM); err != nil {
+					return nil, 0, err
+				}
+			}
 			before := tpm.Provisioned(*d.TPM)
 			if err := tpm.Provision(ctx, *d.TPM); err != nil {
 				return nil, 0, err

@@ -2,9 +2,8 @@
 package main
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"os/signal"
@@ -114,31 +113,24 @@ func copyFile(from, to string) error {
 
 // manifestCommand is build manifest.
 func manifestCommand() *cobra.Command {
-	var m update.Manifest
-	c := &cobra.Command{
+	return &cobra.Command{
 		Use: "manifest UKI", Short: "Print the manifest of an image, for those who release to sign",
 		Args: cobra.ExactArgs(1),
-		Long: "Prints the manifest of an image. Those who release sign it: ssh-keygen -Y sign -n " + update.Namespace +
-			" -f KEY MANIFEST",
+		Long: "Prints the manifest of an image: version, variant and rollback version are those in the image. Those\n" +
+			"who release sign it: ssh-keygen -Y sign -n " + update.Namespace + " -f KEY MANIFEST",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			b, err := os.ReadFile(args[0])
 			if err != nil {
 				return err
 			}
-			sum := sha256.Sum256(b)
-			m.Size, m.SHA256 = int64(len(b)), hex.EncodeToString(sum[:])
-			if err := m.Check(); err != nil {
-				return err
+			m, err := image.Manifest(b)
+			if err != nil {
+				return fmt.Errorf("%s: %w", args[0], err)
 			}
 			_, err = fmt.Fprint(cmd.OutOrStdout(), m.Text())
 			return err
 		},
 	}
-	f := c.Flags()
-	f.StringVar(&m.Variant, "variant", "vm", "vm or rack")
-	f.StringVar(&m.Version, "version", "", "the version of the image")
-	f.Uint64Var(&m.Rollback, "rollback", 0, "the rollback version of the image")
-	return c
 }
 
 // updateCommand is build update.
@@ -176,16 +168,18 @@ func updateCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			in, err := os.Open(args[0])
+			content, err := os.ReadFile(args[0])
 			if err != nil {
 				return err
 			}
-			defer in.Close()
+			if is, err := image.Manifest(content); err != nil || is != m {
+				return fmt.Errorf("%s: it is not the image of the manifest: %w", args[0], err)
+			}
 			out, err := os.Create(args[1])
 			if err != nil {
 				return err
 			}
-			if err := update.Write(out, m, all, in); err != nil {
+			if err := update.Write(out, m, all, bytes.NewReader(content)); err != nil {
 				return err
 			}
 			return out.Close()

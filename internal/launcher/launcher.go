@@ -43,6 +43,8 @@ type Start struct {
 	Token string `json:"token"`      // a token of the configuration
 	Seed  string `json:"seed"`       // a seed file that the worker may read, or ""
 	Make  bool   `json:"make_token"` // the worker makes the token first: countersignd init
+	// Replace has the worker put the records of another TPM aside before.
+	Replace bool `json:"replace_tpm,omitempty"`
 }
 
 // answer is a packet of the launcher. One answer to Start has PID or Err. After PID comes one

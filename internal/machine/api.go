@@ -327,11 +327,14 @@ func (c Client) SettleConfiguration(ctx context.Context, sha256 string) error {
 	return c.post(ctx, "/configuration/settle", Named{sha256}, nil)
 }
 
-// PutFile keeps a new file, and RemoveFile removes one that the configuration does not name.
-func (c Client) PutFile(ctx context.Context, name string, content []byte) error {
-	return c.do(ctx, http.MethodPut, "/files?name="+url.QueryEscape(name), bytes.NewReader(content), nil)
+// PutFile keeps a new file, and returns its whole name: name with a random end.
+func (c Client) PutFile(ctx context.Context, name string, content []byte) (whole string, err error) {
+	var out Named
+	err = c.do(ctx, http.MethodPut, "/files?name="+url.QueryEscape(name), bytes.NewReader(content), &out)
+	return out.Name, err
 }
 
+// RemoveFile removes a file that the configuration does not name. name is the whole name.
 func (c Client) RemoveFile(ctx context.Context, name string) error {
 	return c.post(ctx, "/files/remove", Named{name}, nil)
 }

@@ -42,8 +42,9 @@ type Manifest struct {
 }
 
 var (
-	// Versions have the form of semantic versioning without build metadata, as systemd-boot sorts.
-	versionForm = regexp.MustCompile(`^(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}(-[0-9a-z]{1,20})?$`)
+	// Versions have three numbers. systemd-boot sorts pre-releases in another order than semantic
+	// versioning does.
+	versionForm = regexp.MustCompile(`^(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}$`)
 	variantForm = regexp.MustCompile(`^[a-z]{1,16}$`)
 	hashForm    = regexp.MustCompile(`^[0-9a-f]{64}$`)
 )

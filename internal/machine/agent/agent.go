@@ -47,9 +47,10 @@ type Agent struct {
 	daemon  int // user ids
 	console int
 
-	acting sync.Mutex // held during an act
-	mu     sync.Mutex
-	report *machine.Report // guarded by mu
+	acting   sync.Mutex // held during an act
+	expected int64      // bytes of the file that is being uploaded, at most; guarded by acting
+	mu       sync.Mutex
+	report   *machine.Report // guarded by mu
 
 	proven chan struct{} // closed when a new image has proven itself
 }
@@ -94,12 +95,13 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		*id, _ = strconv.Atoi(u.Uid)
 	}
 	a.proven = make(chan struct{})
+	os.Remove(newUpload) // of before the restart
 	pending, err := settleBoot(a.image)
 	if err != nil {
 		a.Log.Error("the record of the pending update", "err", err)
 	}
-	if counted() {
-		go a.rollBack(ctx, pending)
+	if pending != nil && pending.Phase == machine.PhaseInstalled && pending.Manifest.Version == a.image.Version {
+		go a.rollBack(ctx)
 	}
 	a.resumeConfiguration()
 	if a.facts.Partition != "" {
@@ -113,15 +115,66 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if err := os.Chmod(machine.Socket, 0o666); err != nil { // each caller's user is asked for
 		return err
 	}
-	server := &http.Server{Handler: a.routes(), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+	server := &http.Server{Handler: a.routes(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 30 * time.Second,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, callerKey{}, callerOf(c))
 		}}
 	context.AfterFunc(ctx, func() { server.Close() })
-	if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	known := &callers{Listener: l, may: []int{0, a.daemon, a.console}}
+	if err := server.Serve(known); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
+}
+
+// callers is a listener for some users. Each has a few connections at a time.
+type callers struct {
+	net.Listener
+	may []int
+
+	mu   sync.Mutex
+	open map[int]int // by user
+}
+
+// maxCalls is the number of connections of a user. The daemon and the consoles use one or two.
+const maxCalls = 16
+
+func (c *callers) Accept() (net.Conn, error) {
+	for {
+		conn, err := c.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		id := callerOf(conn)
+		c.mu.Lock()
+		if c.open == nil {
+			c.open = map[int]int{}
+		}
+		if !slices.Contains(c.may, id) || c.open[id] >= maxCalls {
+			c.mu.Unlock()
+			conn.Close()
+			continue
+		}
+		c.open[id]++
+		c.mu.Unlock()
+		return &call{Conn: conn, end: sync.OnceFunc(func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.open[id]--
+		})}, nil
+	}
+}
+
+// call is a connection that counts until it is closed.
+type call struct {
+	net.Conn
+	end func()
+}
+
+func (c *call) Close() error {
+	c.end()
+	return c.Conn.Close()
 }
 
 type callerKey struct{}
@@ -129,6 +182,9 @@ type callerKey struct{}
 // callerOf returns the user of a connection; -1 is unknown.
 func callerOf(c net.Conn) int {
 	id := -1
+	if counted, is := c.(*call); is {
+		c = counted.Conn
+	}
 	raw, err := c.(*net.UnixConn).SyscallConn()
 	if err != nil {
 		return id
@@ -142,7 +198,7 @@ func callerOf(c net.Conn) int {
 }
 
 // rollBack goes back to the image of before when the new one does not prove itself in time.
-func (a *Agent) rollBack(ctx context.Context, p *machine.Pending) {
+func (a *Agent) rollBack(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 		return
@@ -150,23 +206,38 @@ func (a *Agent) rollBack(ctx context.Context, p *machine.Pending) {
 		return
 	case <-time.After(proofTime()):
 	}
-	why := "the appliance was not ready within " + proofTime().String()
+	a.acting.Lock() // after an act, which may be the proof
+	defer a.acting.Unlock()
+	p, err := readPending()
+	if err != nil || p == nil || p.Phase != machine.PhaseInstalled {
+		return
+	}
+	p.Why = "the appliance was not ready within " + proofTime().String()
 	a.mu.Lock()
 	if a.report != nil && len(a.report.Causes) > 0 {
-		why += ": " + a.report.Causes[0]
+		p.Why += ": " + a.report.Causes[0]
 	}
 	a.mu.Unlock()
-	a.Log.Error("the new image goes", "why", why)
-	if p != nil {
-		p.Why = why
-		if err := writePending(*p); err != nil {
-			a.Log.Error("the record of the pending update", "err", err)
-		}
+	a.Log.Error("the new image goes", "why", p.Why)
+	if err := writePending(*p); err != nil {
+		a.Log.Error("the record of the pending update", "err", err)
 	}
-	if err := bless(ctx, "bad"); err != nil {
+	if err := a.leave(ctx); err != nil {
 		a.Log.Error("mark the image as a bad one", "err", err)
 	}
 	a.systemctl("reboot")
+}
+
+// leave has the loader start the image of before. An image whose name has no tries any more is
+// marked by hand, since systemd-bless-boot would not find it.
+func (a *Agent) leave(ctx context.Context) error {
+	if counted() {
+		return bless(ctx, "bad")
+	}
+	return withESP(func() error {
+		name := filepath.Join(ESPFolder, imagesFolder, "countersign_"+a.image.Version)
+		return os.Rename(name+".efi", name+"+0-1.efi")
+	})
 }
 
 // enrol enrols the first administrator of the settings, once the daemon is there.
@@ -190,6 +261,9 @@ func (a *Agent) enrol(ctx context.Context) {
 		}
 	}
 }
+
+// errBusy is the error of an act during another one.
+var errBusy = fmt.Errorf("%w: the machine is busy with another act", manage.ErrConflict)
 
 // maxBody is the maximum length of an act's document, in bytes: a configuration, escaped.
 const maxBody = 6*maxConfiguration + 4096
@@ -219,7 +293,7 @@ func (a *Agent) routes() http.Handler {
 				return nil, err
 			}
 			if !a.acting.TryLock() {
-				return nil, fmt.Errorf("%w: the machine is busy with another act", manage.ErrConflict)
+				return nil, errBusy
 			}
 			defer a.acting.Unlock()
 			return do(context.WithoutCancel(r.Context()), in.Name)
@@ -389,6 +463,25 @@ func (a *Agent) fits(m update.Manifest) error {
 	return nil
 }
 
+// maxAround bounds what the file of an update has beside the image.
+const maxAround = 1 << 20
+
+// room returns an error unless a folder's disk has room for a file, and for the appliance.
+func room(folder string, size int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(folder, &st); err != nil {
+		return err
+	}
+	if free := int64(st.Bavail) * st.Bsize; free < size+minFree {
+		return fmt.Errorf("the disk has %d MiB left, and the update needs %d beside the %d that the appliance keeps",
+			free>>20, size>>20, minFree>>20)
+	}
+	return nil
+}
+
+// minFree is what an update leaves to the appliance, in bytes.
+const minFree = 64 << 20
+
 // newUpload is the file of an update that is being uploaded.
 const newUpload = uploadFile + ".new"
 
@@ -396,7 +489,7 @@ const newUpload = uploadFile + ".new"
 // what those who release have not signed costs no disk.
 func (a *Agent) upload(r *http.Request) (any, error) {
 	if !a.acting.TryLock() {
-		return nil, fmt.Errorf("%w: the machine is busy with another act", manage.ErrConflict)
+		return nil, errBusy
 	}
 	defer a.acting.Unlock()
 	offset, err := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
@@ -407,13 +500,17 @@ func (a *Agent) upload(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(part) > machine.MaxPart || offset+int64(len(part)) > update.MaxImage+(1<<20) {
-		return nil, errors.New("the part or the file is too large")
+	if len(part) > machine.MaxPart {
+		return nil, errors.New("the part is too large")
 	}
 	if offset == 0 {
 		u, err := update.Open(bytes.NewReader(part), a.keys)
 		if err == nil {
 			err = a.fits(u.Manifest)
+		}
+		if err == nil {
+			a.expected = u.Manifest.Size + maxAround
+			err = room(filepath.Dir(updatesFolder), a.expected)
 		}
 		if err == nil {
 			err = os.MkdirAll(updatesFolder, 0o700)
@@ -424,6 +521,10 @@ func (a *Agent) upload(r *http.Request) (any, error) {
 		if err != nil {
 			return nil, err
 		}
+	}
+	if offset < 0 || offset > a.expected-int64(len(part)) {
+		return nil, fmt.Errorf("%w: the file is longer than its manifest says: begin the upload again",
+			manage.ErrConflict)
 	}
 	f, err := os.OpenFile(newUpload, os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
@@ -498,17 +599,18 @@ func (a *Agent) install(_ context.Context, digest string) (any, error) {
 	return nil, nil
 }
 
-// prove has the machine keep the image that runs, and no older one open the disk.
+// prove has the machine keep the image that runs, and no older one open the disk. The record of the
+// proof is on the encrypted disk first: a name on the ESP proves nothing.
 func (a *Agent) prove(ctx context.Context, version string) (any, error) {
 	if version != a.image.Version {
 		return nil, fmt.Errorf("%w: version %s runs", manage.ErrConflict, a.image.Version)
 	}
-	if counted() {
-		if err := bless(ctx, "good"); err != nil {
-			return nil, err
-		}
+	p, err := readPending()
+	if err != nil || p == nil || p.Manifest.Version != version {
+		return nil, err
 	}
-	if err := a.raise(ctx); err != nil {
+	p.Phase = machine.PhaseProven
+	if err := writePending(*p); err != nil {
 		return nil, err
 	}
 	select {
@@ -516,11 +618,16 @@ func (a *Agent) prove(ctx context.Context, version string) (any, error) {
 	default:
 		close(a.proven)
 	}
-	if p, err := readPending(); err == nil && p != nil && p.Manifest.Version == version {
-		p.Phase = machine.PhaseProven
-		return nil, writePending(*p)
+	all, err := slots(ESPFolder, runningFile())
+	if err != nil {
+		return nil, err
 	}
-	return nil, nil
+	if slices.ContainsFunc(all, func(s machine.Slot) bool { return s.Running && s.Left >= 0 }) {
+		if err := bless(ctx, "good"); err != nil {
+			return nil, err
+		}
+	}
+	return nil, a.raise(ctx)
 }
 
 // raise puts the seal for the rollback version of the image that runs in force.
@@ -582,7 +689,7 @@ func (a *Agent) destroy(ctx context.Context, name string, restore bool) error {
 	if err := a.offer(restore); err != nil {
 		return err
 	}
-	if err := resetDisk(ctx); err != nil {
+	if err := resetDisk(ctx, a.facts); err != nil {
 		return err
 	}
 	return a.systemctl("reboot")
@@ -659,9 +766,10 @@ func (a *Agent) pin(r *http.Request) (any, error) {
 	if err := errors.Join(err, f.Chown(owner, owner), f.Sync(), f.Close()); err != nil {
 		return nil, err
 	}
-	if err := os.Link(f.Name(), pinFile); errors.Is(err, fs.ErrExist) {
+	if isSetUp() { // until then, a wrong PIN can be typed again
 		return nil, errors.New("the appliance has a PIN already")
-	} else if err != nil {
+	}
+	if err := os.Rename(f.Name(), pinFile); err != nil {
 		return nil, err
 	}
 	if err := syncAll(filepath.Dir(pinFile)); err != nil {
@@ -695,10 +803,13 @@ func (a *Agent) change(r *http.Request) (any, error) {
 	if a.facts.Partition == "" {
 		return nil, errors.New("the state is not open, so nothing can be kept")
 	}
+	ctx := context.WithoutCancel(r.Context())
+	if err := CheckNetwork(ctx, next); err != nil {
+		return nil, err
+	}
 	if err := next.write(settingsFile); err != nil {
 		return nil, err
 	}
-	ctx := context.WithoutCancel(r.Context())
 	if err := ApplyNetwork(ctx, next); err != nil {
 		return nil, err
 	}

@@ -44,7 +44,7 @@ func TestSettings(t *testing.T) {
 		"dns = [\"fe80::1%eth0\"]":                       "dns",
 		"time = [\"192.0.2.1\"]":                         "time",
 		"time = [\"a b\"]":                               "time",
-		"time_ca = \"x\"":                                "time_ca: it has no certificate",
+		"time_ca = \"x\"":                                "time_ca: it has something else",
 		"time = [\"x\\nallow 0/0\"]":                     "time",
 		"peers = [\"10.0.0.0/33\"]":                      "peers",
 		"reach = [\"any\"]":                              "reach",
@@ -61,6 +61,7 @@ func TestSettings(t *testing.T) {
 		"[setup]\ntoken = \"x\"":                         "setup.token",
 		"[setup]\nname = \"192.0.2.1\"":                  "setup.name",
 		"[setup]\noperator = \"Ann\"":                    "setup.operator",
+		"[setup]\nssh_key = \"ssh-ed25519 x\"":           "setup.ssh_key",
 		"[setup]\nssh_key = \"a\\nb\"":                   "more than one line",
 		strings.Repeat("#", maxSettings+1):               "at most 16384 are allowed",
 		"dns = [" + strings.Repeat("\"::1\",", 17) + "]": "dns: there are 17, and at most 16",
@@ -99,6 +100,12 @@ operator = "ann"`)))(t)
 	if strings.Count(rules, "policy drop") != 3 || strings.Contains(rules, "dport 68") ||
 		strings.Count(rules, "countersign-keys") != 2 {
 		t.Errorf("the firewall is too wide:\n%s", rules)
+	}
+	s.Setup.Holders, s.Setup.Needed = []string{"alice=age1x", "carol=age1y"}, 2
+	for _, args := range [][]string{s.arguments(false), s.again()} { // also after a set-up that was cut off
+		if !strings.Contains(strings.Join(args, " "), "--holder alice=age1x --holder carol=age1y --needed 2") {
+			t.Errorf("the set-up names no holders: %v", args)
+		}
 	}
 	if n := s.Networkd(); !strings.Contains(n, "DHCP=no") || !strings.Contains(n, "Address=2001:db8::5/64") {
 		t.Error(n)
@@ -145,6 +152,7 @@ func TestCommands(t *testing.T) {
 		"restore a --text":                  "needs a value",
 		"check --deep=yes":                  "has no value",
 		"return-keys --request x":           "has no --request",
+		"init --new-token":                  "init needs --token",
 		"init --holder eve=age1":            "has no --holder",
 		"init --token a --so-pin-file=/a/b": "no file of the drive",
 		"restore a --lists=../..":           "no file of the drive",
@@ -317,7 +325,8 @@ func TestCallers(t *testing.T) {
 	routes := a.routes()
 	consoles := []string{"PUT /settings", "PUT /pin", "POST /link", "POST /command", "POST /await-backup"}
 	daemons := []string{"POST /report", "PUT /update", "POST /update/end", "POST /install", "POST /prove",
-		"POST /settle", "GET /configuration", "POST /configuration/check", "POST /configuration", "POST /configuration/settle",
+		"POST /settle", "GET /configuration", "POST /configuration/check", "POST /configuration",
+		"POST /configuration/settle",
 		"PUT /files", "POST /files/remove"}
 	both := []string{"GET /status", "POST /reboot", "POST /poweroff", "POST /reset", "GET /settings"}
 	for caller, refused := range map[int][]string{

@@ -3,7 +3,9 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -29,10 +31,10 @@ import (
 // The configuration of the appliance belongs to root, and the daemon changes it by asking the
 // agent. Invariants:
 //
-//   - The configuration of before stays beside the new one until the daemon has said, with the new
-//     one, that its audit log has the change.
-//   - A record says that a change is under way, before the change. A power cut leaves the old
-//     configuration or the new one, each whole, and the record tells which one was wanted.
+//   - The configuration of before stays beside the new one until a daemon with the new one has the
+//     change in the audit log.
+//   - The record of a change comes before the change. A power cut leaves the old configuration or
+//     the new one, each whole, and the record names the wanted one.
 const (
 	nextConfig          = configFile + ".next"
 	configBefore        = configFile + ".before"
@@ -43,11 +45,11 @@ const (
 	maxFiles         = 64
 )
 
-// configurationTime is the time that a daemon has to come up with a new configuration.
+// configurationTime is the time for a daemon to come up with a new configuration.
 const configurationTime = 3 * time.Minute
 
-// fixedFields belong to the machine: its users, its sockets, what its firewall lets in, and its
-// tokens, whose modules get the keys.
+// fixedFields belong to the machine: users, sockets, listeners that the firewall lets in, and the
+// tokens with their modules, because a module gets the keys.
 var fixedFields = []string{
 	"user", "keys_user", "keys_socket", "admin_socket", "admin_group", "machine_socket", "listen", "listen_pubky",
 	"admin_https", "admin_https_from", "admin_name", "metrics_listen", "ledger", "policy", "history", "import_folder",
@@ -106,7 +108,7 @@ func (a *Agent) checkConfiguration(ctx context.Context, text string) (now []byte
 	return now, sameMachine(now, []byte(text))
 }
 
-// countersignd runs countersignd, and returns its complaint.
+// countersignd runs countersignd, and returns the complaint.
 func countersignd(ctx context.Context, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -140,7 +142,7 @@ func (a *Agent) configure(ctx context.Context, text string) (any, error) {
 		return nil, errors.Join(err, os.Remove(configurationRecord))
 	}
 	a.Log.Info("the configuration was changed", "sha256", p.SHA256)
-	go a.watchConfiguration(configurationTime)
+	go a.watchConfiguration(p.SHA256, configurationTime)
 	return nil, a.restart(ctx)
 }
 
@@ -198,17 +200,17 @@ func (a *Agent) resumeConfiguration() {
 		}
 		return
 	}
-	go a.watchConfiguration(configurationTime)
+	go a.watchConfiguration(p.SHA256, configurationTime)
 }
 
 // watchConfiguration puts the configuration of before back, when the appliance does not come up
 // with the new one.
-func (a *Agent) watchConfiguration(wait time.Duration) {
+func (a *Agent) watchConfiguration(sha256 string, wait time.Duration) {
 	time.Sleep(wait)
 	a.acting.Lock()
 	defer a.acting.Unlock()
 	p, err := readConfigurationRecord()
-	if err != nil || p == nil || p.Phase != machine.PhaseInstalled {
+	if err != nil || p == nil || p.Phase != machine.PhaseInstalled || p.SHA256 != sha256 {
 		return
 	}
 	ctx := context.Background()
@@ -243,8 +245,13 @@ func (a *Agent) settleConfiguration(_ context.Context, sha256 string) (any, erro
 	return nil, err
 }
 
-// fileForm is the form of the name of a file that a configuration names.
-var fileForm = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+// fileForm is the form of the name that operators give to a file, and keptForm the form of the
+// whole name. The random end tells the file from any other file of the name, before and after:
+// operators approve a configuration with the one file, without seeing the content.
+var (
+	fileForm = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,39}$`)
+	keptForm = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,39}\.[0-9a-f]{16}$`)
+)
 
 // files lists the files that operators have given.
 func (a *Agent) files() (all []machine.File, err error) {
@@ -260,7 +267,7 @@ func (a *Agent) files() (all []machine.File, err error) {
 	}
 	for _, e := range entries {
 		info, err := e.Info()
-		if err != nil || !fileForm.MatchString(e.Name()) {
+		if err != nil || !keptForm.MatchString(e.Name()) {
 			continue // a file that was not written to its end
 		}
 		all = append(all, machine.File{Name: e.Name(), Path: filepath.Join(filesFolder, e.Name()), Size: info.Size(),
@@ -274,9 +281,12 @@ func used(configuration []byte, name string) bool {
 	return regexp.MustCompile(`files/` + regexp.QuoteMeta(name) + `["']`).Match(configuration)
 }
 
-// putFile keeps a file, which only the daemon can read. A file is never replaced, since operators
-// have approved a configuration with the one that is there.
+// putFile keeps a file for the daemon's eyes alone, and returns the whole name.
 func (a *Agent) putFile(r *http.Request) (any, error) {
+	if !a.acting.TryLock() {
+		return nil, errBusy
+	}
+	defer a.acting.Unlock()
 	name := r.URL.Query().Get("name")
 	b, err := io.ReadAll(io.LimitReader(r.Body, machine.MaxFile+1))
 	defer clear(b)
@@ -284,18 +294,14 @@ func (a *Agent) putFile(r *http.Request) (any, error) {
 	case err != nil:
 		return nil, err
 	case !fileForm.MatchString(name):
-		return nil, errors.New("a file's name has 1 to 64 small letters, digits, points, hyphens and underscores, " +
-			"and begins with a letter or a digit")
+		return nil, errors.New("a file's name has 1 to 40 small letters, digits, hyphens and underscores, and begins " +
+			"with a letter or a digit")
 	case len(b) == 0 || len(b) > machine.MaxFile:
 		return nil, fmt.Errorf("a file has 1 to %d bytes", machine.MaxFile)
 	}
 	there, err := a.files()
 	if err != nil {
 		return nil, err
-	}
-	if slices.ContainsFunc(there, func(f machine.File) bool { return f.Name == name }) {
-		return nil, fmt.Errorf("%w: there is a file %s: give this one another name, and name it in the configuration",
-			manage.ErrConflict, name)
 	}
 	if len(there) >= maxFiles {
 		return nil, fmt.Errorf("%w: there are %d files, and no more are possible: remove those of no use",
@@ -307,7 +313,10 @@ func (a *Agent) putFile(r *http.Request) (any, error) {
 	if err := os.Chmod(filesFolder, 0o755); err != nil { // whatever the umask
 		return nil, err
 	}
-	return nil, replaceAs(filepath.Join(filesFolder, name), b, 0o600, a.daemon, a.daemon)
+	random := make([]byte, 8)
+	rand.Read(random)
+	name += "." + hex.EncodeToString(random)
+	return machine.Named{Name: name}, replaceAs(filepath.Join(filesFolder, name), b, 0o600, a.daemon, a.daemon)
 }
 
 // removeFile removes a file that the configuration does not name.

@@ -245,7 +245,7 @@ func (c *Console) choose(ctx context.Context, line string) {
 	case "b":
 		err = c.destroy(ctx, "The machine then waits for a backup, of this appliance or of another one.", c.AwaitBackup)
 	default:
-		c.say("%q is none of the letters", plain(line))
+		c.say("this is none of the letters") // not repeated: perhaps a PIN that was typed too late
 	}
 	if err != nil && ctx.Err() == nil {
 		c.say("not done: %s", plain(err.Error()))
@@ -320,7 +320,8 @@ func (c *Console) put(ctx context.Context, s Settings) error {
 	}
 	shown := s
 	shown.Setup = Setup{}
-	c.say("\n%s", strings.TrimSpace(shown.Text()))
+	c.say("")
+	fmt.Fprintln(printable{c.Out}, strings.TrimSpace(shown.Text()))
 	if answer, _ := c.ask(ctx, "Type yes to put these settings in force"); answer != "yes" {
 		c.say("nothing was changed")
 		return nil
@@ -387,7 +388,7 @@ func withoutEcho(in io.Reader) (restore func()) {
 	silent := *before
 	silent.Lflag &^= unix.ECHO
 	unix.IoctlSetTermios(fd, unix.TCSETS, &silent)
-	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, before) }
+	return func() { unix.IoctlSetTermios(fd, unix.TCSETSF, before) }
 }
 
 // destroy asks for the name of the appliance before it is destroyed.

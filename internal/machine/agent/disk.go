@@ -32,12 +32,15 @@ import (
 //   - A partition of the name newState has nothing that matters, and is made anew at each boot. The
 //     name becomes State when the partition is complete.
 //   - A partition of the name State is never made anew, whatever it looks like.
+//   - A partition of the name goingState is being destroyed: the next boot goes on with that.
+//   - The TPM unseals the key of the disk once in a boot, before any byte of the state is read.
 //   - A seal for the next minimal version is in the header before the counter rises, and the one
 //     before goes afterwards. A power cut leaves one that opens.
 const (
-	espLabel = "countersign-esp"
-	newState = "countersign-new"
-	State    = "countersign-state"
+	espLabel   = "countersign-esp"
+	newState   = "countersign-new"
+	State      = "countersign-state"
+	goingState = "countersign-going"
 
 	minState = 256 << 20 // bytes
 
@@ -75,6 +78,7 @@ type Disk struct {
 	esp       string // such as /dev/vda1
 	partition string
 	try       bool
+	ended     bool // the TPM unseals no disk any more
 }
 
 // tpmDevice is the kernel's TPM.
@@ -99,6 +103,27 @@ const (
 // Open finds the disk that the machine has booted from, makes the state at the first boot, unlocks
 // and mounts it.
 func (d *Disk) Open(ctx context.Context) (err error) {
+	err = d.open(ctx)
+	if !d.ended { // also without a disk: nothing that runs from here on may open one
+		err = errors.Join(err, d.end(ctx))
+	}
+	return err
+}
+
+// end has the TPM unseal no disk in this boot any more.
+func (d *Disk) end(ctx context.Context) error {
+	d.ended = true
+	if _, err := os.Stat(tpmDevice); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := d.volumes.End(ctx); err != nil && !d.try {
+		return fmt.Errorf("the TPM would open the disk for others, too: %w", err)
+	}
+	return nil
+}
+
+func (d *Disk) open(ctx context.Context) (err error) {
+	d.volumes.Config = tpm.Config{Device: tpmDevice, Deadline: 2 * time.Minute}
 	// The consoles and the daemon have their socket there, whatever the umask.
 	if err := errors.Join(os.MkdirAll(runFolder, 0o755), os.Chmod(runFolder, 0o755)); err != nil {
 		return err
@@ -106,7 +131,6 @@ func (d *Disk) Open(ctx context.Context) (err error) {
 	if d.image, err = ReadImage(); err != nil {
 		return fmt.Errorf("the image: %w", err)
 	}
-	d.volumes.Config = tpm.Config{Device: tpmDevice, Deadline: 2 * time.Minute}
 	if err := d.readSignatures(); err != nil {
 		return err
 	}
@@ -116,46 +140,53 @@ func (d *Disk) Open(ctx context.Context) (err error) {
 	if err := mountESP(d.esp, true); err != nil {
 		return err
 	}
-	offered, offer := d.offered()
-	switch name, err := d.findState(ctx); {
-	case err != nil:
+	name, err := d.findState(ctx)
+	if err != nil {
 		return err
-	case name == State:
-		err = d.unlock(ctx)
-		if err != nil {
+	}
+	if name == State {
+		if err := errors.Join(d.unlock(ctx), d.end(ctx)); err != nil {
 			return err
-		}
-	default:
-		if offer != nil {
-			return fmt.Errorf("countersign.toml on the ESP: %w", offer)
-		}
-		d.try = offered.Setup.Try || cmdline("countersign.try")
-		if err := d.make(ctx, name == newState); err != nil {
-			return fmt.Errorf("the first boot: %w", err)
 		}
 		if err := d.mount(ctx); err != nil {
 			return err
 		}
-		if err := errors.Join(mkdirs(), offered.write(settingsFile)); err != nil {
+		if err := mkdirs(); err != nil {
 			return err
 		}
-		// From here on the partition has a state.
-		if err := d.name(ctx, State); err != nil {
-			return err
+		return d.finish(ctx)
+	}
+	if name == goingState {
+		if err := d.destroy(ctx); err != nil {
+			return fmt.Errorf("the factory reset goes on: %w", err)
 		}
-		return d.finish()
+	}
+	offered, err := d.offered()
+	if err != nil {
+		return fmt.Errorf("countersign.toml on the ESP: %w", err)
+	}
+	d.try = offered.Setup.Try || cmdline("countersign.try")
+	if err := errors.Join(d.make(ctx, name != ""), d.end(ctx)); err != nil {
+		return fmt.Errorf("the first boot: %w", err)
 	}
 	if err := d.mount(ctx); err != nil {
 		return err
 	}
-	if err := mkdirs(); err != nil {
+	if err := errors.Join(mkdirs(), offered.write(settingsFile)); err != nil {
 		return err
 	}
-	return d.finish()
+	// From here on the partition has a state.
+	if err := d.name(ctx, State); err != nil {
+		return err
+	}
+	return d.finish(ctx)
 }
 
-// finish records the kind of the machine for the other programs.
-func (d *Disk) finish() error {
+// finish records the kind of the machine for the other programs, and loads the drivers of drives:
+// none can be loaded later.
+func (d *Disk) finish(ctx context.Context) error {
+	run(ctx, nil, "modprobe", "--quiet", "--all", "usb_storage", "uas", "sd_mod", "vfat", "nls_cp437", "nls_ascii",
+		"nls_utf8") // of which the VM image has some
 	return writeJSON(filepath.Join(runFolder, "disk.json"), diskFacts{Disk: d.disk, ESP: d.esp, Partition: d.partition,
 		Try: d.try})
 }
@@ -215,12 +246,18 @@ func cmdline(word string) bool {
 
 // find finds the ESP by what systemd-boot says, and the disk that has it.
 func (d *Disk) find(ctx context.Context) error {
-	by := "/dev/disk/by-partlabel/" + espLabel
-	if uuid := efiText("LoaderDevicePartUUID-" + loaderVendor); uuid != "" {
-		by = "/dev/disk/by-partuuid/" + strings.ToLower(uuid)
+	by, entry := "/dev/disk/by-partlabel/"+espLabel, "ID_PART_ENTRY_NAME="+espLabel
+	if uuid := strings.ToLower(efiText("LoaderDevicePartUUID-" + loaderVendor)); uuid != "" {
+		by, entry = "/dev/disk/by-partuuid/"+uuid, "ID_PART_ENTRY_UUID="+uuid
 	}
 	if err := run(ctx, nil, "udevadm", "wait", "--timeout=60", by); err != nil {
 		return fmt.Errorf("the disk that this machine has booted from (%s) does not come up: %w", by, err)
+	}
+	// All disks of an image have the same UUIDs, and the link would name any of them.
+	if n, err := devicesWith(udevData, entry); err != nil {
+		return err
+	} else if n > 1 {
+		return fmt.Errorf("there are %d disks with an image: unplug those that this machine does not boot from", n)
 	}
 	esp, err := filepath.EvalSymlinks(by)
 	if err != nil {
@@ -232,6 +269,29 @@ func (d *Disk) find(ctx context.Context) error {
 	}
 	d.esp, d.disk = esp, "/dev/"+filepath.Base(filepath.Dir(at))
 	return nil
+}
+
+// udevData has a file for each device, with its properties.
+const udevData = "/run/udev/data"
+
+// devicesWith counts the block devices with a property.
+func devicesWith(folder, property string) (n int, err error) {
+	files, err := filepath.Glob(filepath.Join(folder, "b*"))
+	if err != nil {
+		return 0, err
+	}
+	for _, path := range files {
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return 0, err
+		}
+		if slices.Contains(strings.Split(string(b), "\n"), "E:"+property) {
+			n++
+		}
+	}
+	return n, nil
 }
 
 // partitionTable is the output of sfdisk --json.
@@ -257,7 +317,7 @@ func (d *Disk) findState(ctx context.Context) (name string, err error) {
 		return "", fmt.Errorf("the partition table of %s: %w", d.disk, err)
 	}
 	for _, p := range t.Table.Partitions {
-		if p.Name == State || p.Name == newState {
+		if p.Name == State || p.Name == newState || p.Name == goingState {
 			if d.partition != "" {
 				return "", fmt.Errorf("%s has two partitions for the state: %s and %s", d.disk, d.partition, p.Node)
 			}
@@ -453,6 +513,9 @@ func (d *Disk) unlock(ctx context.Context) error {
 		switch {
 		case t.Type == tryToken && len(t.Try) == keySize:
 			d.try, key = true, secret.New(t.Try)
+		case t.Type == sealToken && t.Seal != nil && !bytes.Equal(t.Seal.Approver, d.approver):
+			errs = append(errs, fmt.Errorf("%w: its disk was sealed for images of another signer", tpm.ErrForeignImage))
+			continue
 		case t.Type == sealToken && t.Seal != nil:
 			if err := d.inSecureBoot(); err != nil {
 				return err
@@ -601,30 +664,46 @@ func readJSON(path string, v any) error {
 	return json.Unmarshal(b, v)
 }
 
-// resetDisk makes the state unreadable for ever: each copy of its seal opens no more, and the
-// header and the seals are overwritten. The next boot makes a new state.
-func resetDisk(ctx context.Context) error {
-	var d Disk
-	if err := d.find(ctx); err != nil {
-		return err
+// resetDisk makes the state unreadable for ever. facts are those of the disk that was opened;
+// without them, the disk is that of the boot.
+func resetDisk(ctx context.Context, facts diskFacts) error {
+	d := Disk{disk: facts.Disk, esp: facts.ESP}
+	d.volumes.Config = tpm.Config{Device: tpmDevice, Deadline: 2 * time.Minute}
+	if d.disk == "" {
+		if err := d.find(ctx); err != nil {
+			return err
+		}
 	}
 	name, err := d.findState(ctx)
-	if err != nil || name == "" {
+	switch {
+	case err != nil:
+		return err
+	case name == "":
+		return fmt.Errorf("%s has no partition with a state", d.disk)
+	}
+	if err := d.name(ctx, goingState); err != nil { // from here on there is no way back
 		return err
 	}
-	v := tpm.Volumes{Config: tpm.Config{Device: tpmDevice, Deadline: 2 * time.Minute}}
-	if err := v.Forget(ctx); err != nil {
-		return err
-	}
-	if err := d.name(ctx, newState); err != nil { // from here on the next boot makes it anew
-		return err
+	return d.destroy(ctx)
+}
+
+// destroy destroys a partition of the name goingState: no copy of its seals opens any more, and the
+// header with the seals is overwritten. The name says then that a new state can be made.
+func (d *Disk) destroy(ctx context.Context) error {
+	if _, err := os.Stat(tpmDevice); err == nil {
+		if err := d.volumes.Forget(ctx); err != nil {
+			return err
+		}
 	}
 	f, err := os.OpenFile(d.partition, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
 	_, err = f.WriteAt(make([]byte, headerSize), 0)
-	return errors.Join(err, f.Sync(), f.Close())
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return d.name(ctx, newState)
 }
 
 // headerSize is the size of a LUKS2 header with its key slots: 16 MiB.

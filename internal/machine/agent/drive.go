@@ -22,7 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Commands with a drive are what root types on a host to bring an appliance back. A machine has
+// Commands with a drive bring an appliance back, as root does on a host. A machine has
 // nobody to log in, so its console takes those commands of countersignd that give nobody any power:
 // a restore needs the approvals of the backup's operators, and keys return by the shares of their
 // holders. Their files are on a drive with a FAT file system of the name driveLabel.
@@ -134,6 +134,9 @@ func parseCommand(line string) (c command, args []string, err error) {
 			c.drive = true
 		}
 		args = append(args, "--"+flag+"="+value)
+	}
+	if name == "init" && !slices.ContainsFunc(args, func(a string) bool { return strings.HasPrefix(a, "--token=") }) {
+		return c, nil, errors.New("init needs --token: the appliance itself is made by the first boot")
 	}
 	if c.file && files != 1 || !c.file && files != 0 {
 		return c, nil, fmt.Errorf("%s: %d files are named", name, files)

@@ -24,6 +24,14 @@ const (
 	keysUnitFile = "/run/systemd/system/countersignd-keys@.service.d/hsm.conf"
 )
 
+// CheckNetwork returns an error for settings that the firewall would refuse.
+func CheckNetwork(ctx context.Context, s Settings) error {
+	if err := run(ctx, []byte(s.Nftables()), "nft", "--check", "--file", "-"); err != nil {
+		return fmt.Errorf("the firewall: %w", err)
+	}
+	return nil
+}
+
 // ApplyNetwork writes the configuration of network, firewall and clock, and loads the firewall.
 func ApplyNetwork(ctx context.Context, s Settings) error {
 	for path, text := range map[string]string{

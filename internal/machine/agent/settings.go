@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"maps"
@@ -17,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 
+	"countersign/approval"
 	"countersign/internal/durable"
 	"countersign/internal/machine"
 
@@ -138,8 +140,8 @@ func (s *Settings) Check() error {
 			}
 		}
 	}
-	if s.TimeCA != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(s.TimeCA)) {
-		return errors.New("time_ca: it has no certificate in PEM")
+	if err := onlyCertificates(s.TimeCA); err != nil {
+		return fmt.Errorf("time_ca: %w", err)
 	}
 	if len(s.Gateway) > 0 && len(s.Address) == 0 {
 		return errors.New("gateway: with DHCP the gateway is the server's: name addresses, too")
@@ -184,10 +186,34 @@ func (u Setup) check() error {
 		return errors.New("setup.token: softhsm is for tries: write try = true, too")
 	case u.Name != "" && (!hostForm.MatchString(u.Name) || isIP(u.Name) == nil):
 		return fmt.Errorf("setup.name: %q is no host name", u.Name)
+	case u.SSHKey != "" && !isSSHKey(u.SSHKey):
+		return errors.New("setup.ssh_key: it is no public key of OpenSSH that an operator can have")
 	case u.Operator != "" && !nameForm.MatchString(u.Operator):
 		return fmt.Errorf("setup.operator: %q is no name: 1 to 32 small letters, digits and hyphens", u.Operator)
 	case len(u.Holders) > 9:
 		return errors.New("setup.holders: there may be 9")
+	}
+	return nil
+}
+
+func isSSHKey(line string) bool {
+	_, err := approval.NewSSH(line)
+	return err == nil
+}
+
+// onlyCertificates refuses a text that has anything beside certificates in PEM.
+func onlyCertificates(text string) error {
+	rest := []byte(strings.TrimSpace(text))
+	for len(rest) > 0 {
+		block, after := pem.Decode(rest)
+		if block == nil || block.Type != "CERTIFICATE" || len(block.Headers) > 0 ||
+			!bytes.HasPrefix(rest, []byte("-----BEGIN CERTIFICATE-----")) {
+			return errors.New("it has something else than certificates in PEM")
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			return err
+		}
+		rest = bytes.TrimSpace(after)
 	}
 	return nil
 }
@@ -449,12 +475,25 @@ func (s *Settings) Chrony() string {
 // token is the kind of the token.
 func (s *Settings) token() string { return cmp.Or(s.Setup.Token, "tpm") }
 
+// again are the arguments of a set-up that was cut off, whose configuration is there. The holders
+// are in the ledger only, and perhaps not yet.
+func (s *Settings) again() []string {
+	args := []string{"setup", "--yes", "--no-start"}
+	for _, h := range s.Setup.Holders {
+		args = append(args, "--holder", h)
+	}
+	if s.Setup.Needed != 0 {
+		args = append(args, "--needed", strconv.Itoa(s.Setup.Needed))
+	}
+	return args
+}
+
 // arguments are the arguments of countersignd setup.
 func (s *Settings) arguments(try bool) []string {
 	u, token := s.Setup, s.token()
-	args := []string{"setup", "--yes", "--no-start", "--token", token, "--allow", "any",
+	args := append(s.again(), "--token", token, "--allow", "any",
 		"--machine-socket", machine.Socket,
-		"--listen", "0.0.0.0:" + strconv.Itoa(s.PeerPort())}
+		"--listen", "0.0.0.0:"+strconv.Itoa(s.PeerPort()))
 	if p := s.PubkyPort(); p != 0 {
 		args = append(args, "--listen-pubky", "0.0.0.0:"+strconv.Itoa(p))
 	}
@@ -477,12 +516,6 @@ func (s *Settings) arguments(try bool) []string {
 	}
 	if token == "tpm" && try {
 		args = append(args, "--unmeasured")
-	}
-	for _, h := range u.Holders {
-		args = append(args, "--holder", h)
-	}
-	if u.Needed != 0 {
-		args = append(args, "--needed", strconv.Itoa(u.Needed))
 	}
 	return args
 }

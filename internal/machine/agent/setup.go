@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"time"
 
+	"countersign/internal/durable"
 	"countersign/tpm"
 )
 
@@ -25,11 +26,21 @@ const ledgerFile = "/var/lib/countersign/ledger.db"
 // waiting reports that the machine has no appliance, and waits for a backup.
 func waiting() bool {
 	s, err := LoadSettings()
-	if err != nil || !s.Setup.Restore {
+	if err != nil || !s.Setup.Restore || isSetUp() {
 		return false
 	}
 	_, err = os.Stat(ledgerFile)
 	return errors.Is(err, fs.ErrNotExist)
+}
+
+// setUpFile says that the appliance is made: with its ledger, its holders and its own keys. A
+// ledger alone is not enough, since the power may go while an appliance is made.
+const setUpFile = stateFolder + "/machine/set-up"
+
+// isSetUp reports that the appliance is made, or has come from a backup.
+func isSetUp() bool {
+	_, err := os.Stat(setUpFile)
+	return err == nil
 }
 
 // SetUp makes the appliance at the first boot, and goes on with one that was cut off.
@@ -37,21 +48,27 @@ func SetUp(ctx context.Context, log io.Writer) error {
 	if err := makeBackupFolder(); err != nil {
 		return err
 	}
+	if isSetUp() {
+		return nil
+	}
 	s, err := LoadSettings()
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(ledgerFile); err == nil {
-		return nil
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if s.Setup.Restore {
+	if !s.Setup.Restore {
+		if err := s.makeAppliance(ctx, log); err != nil {
+			return err
+		}
+	} else if _, err := os.Stat(ledgerFile); err != nil { // restore puts a whole ledger in its place
 		return errors.New("this machine waits for a backup: c in the menu runs countersignd restore with a drive")
 	}
+	return durable.Replace(setUpFile, nil, 0o600)
+}
+
+// makeAppliance runs countersignd setup.
+func (s *Settings) makeAppliance(ctx context.Context, log io.Writer) error {
 	if _, err := os.Stat(configFile); err == nil {
-		// The set-up goes on by the configuration that is there.
-		return setUp(ctx, log, "setup", "--yes", "--no-start")
+		return setUp(ctx, log, s.again()...)
 	}
 	var facts diskFacts
 	if err := readJSON(runFolder+"/disk.json", &facts); err != nil {

@@ -176,19 +176,12 @@ func writePending(p machine.Pending) error { return writeJSON(pendingFile, p) }
 // settleBoot finds out, at a boot, what has become of a pending update.
 func settleBoot(image machine.Image) (*machine.Pending, error) {
 	p, err := readPending()
-	if p == nil || err != nil || p.Phase != machine.PhaseInstalled {
-		return p, err
+	if p == nil || err != nil || p.Phase == machine.PhaseFailed || image.Version == p.Manifest.Version {
+		return p, err // to be proven, or to be kept and settled
 	}
-	if image.Version == p.Manifest.Version {
-		if counted() {
-			return p, nil // to be proven now
-		}
-		p.Phase = machine.PhaseProven // the power went between the name and the record
-	} else {
-		p.Phase = machine.PhaseFailed
-		if p.Why == "" {
-			p.Why = "the new image did not come up: it was started " + strconv.Itoa(tries) + " times at the most"
-		}
+	p.Phase = machine.PhaseFailed
+	if p.Why == "" {
+		p.Why = "the new image did not come up: it was started " + strconv.Itoa(tries) + " times at the most"
 	}
 	return p, writePending(*p)
 }
