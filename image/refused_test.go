@@ -92,6 +92,10 @@ func TestRefused(t *testing.T) {
 		{"extension beside the image", func(v *installed) {
 			v.put(slot+".extra.d/evil.raw", bytes.Repeat([]byte("evil"), 4096))
 		}, "PCR 13, which measures system extensions"},
+		{"a second disk with an image", func(v *installed) {
+			v.drive = filepath.Join(t.TempDir(), "second")
+			output(t, "cp", "--sparse=always", b.raw, v.drive)
+		}, "there are 2 disks with an image"},
 		{"another machine's TPM", func(v *installed) {
 			must(0, os.RemoveAll(v.path(tpmDir)))(t)
 			must(0, os.Mkdir(v.path(tpmDir), 0o700))(t)

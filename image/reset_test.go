@@ -4,6 +4,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestReset destroys an appliance under approval, and another one by the menu. The machine comes
@@ -54,8 +55,40 @@ func TestReset(t *testing.T) {
 			output(t, "cp", "-r", v.path(tpmDir), copied.path(tpmDir))
 			copied.start()
 			copied.never("the seal of the disk is an old copy")
+			copied.kill()
+
+			// The power goes in the midst of a reset: the next boot goes on.
+			output(t, "sfdisk", "--quiet", "--part-label", copied.path(diskFile), "2", "countersign-going")
+			copied.start()
+			copied.ready()
+			copied.operator()
 		})
 	}
+}
+
+// TestCutFirstBoot cuts the power again and again while an appliance is made. In the end the
+// appliance is whole, and has the holders of its settings.
+func TestCutFirstBoot(t *testing.T) {
+	long(t)
+	m := must(theMaker())(t)
+	v := newVM(t, m.image(t, nil), m.settings(t)+m.holders(t))
+	v.start()
+	v.see("the state is made on")
+	for i := range 6 {
+		time.Sleep(time.Duration(i) * 1500 * time.Millisecond) // no condition: the cut comes at any time
+		v.kill()
+		v.start()
+		if i > 0 {
+			v.see("network") // the console is up, and the appliance is being made
+		}
+	}
+	v.ready()
+	ann := v.operator()
+	if holders := ann.tool("admin", "holder", "show"); !strings.Contains(holders, "carol") {
+		t.Error(holders)
+	}
+	signs(t, ann.shop(), ann)
+	v.off()
 }
 
 // TestMenu makes the link of the first administrator, and changes the network, at the console.

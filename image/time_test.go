@@ -11,6 +11,33 @@ import (
 	"countersign/internal/machine/agent"
 )
 
+// TestFirewall loads the rules of a machine with the image's nft, in a network of its own: those of
+// before the settings, and those of settings with all that can be named.
+func TestFirewall(t *testing.T) {
+	need(t, "unshare")
+	if os.Getuid() != 0 {
+		t.Skip("a network namespace with a chroot needs root")
+	}
+	m := must(theMaker())(t)
+	root := filepath.Join(m.image(t, nil).options.Work, "root")
+	all := agent.Settings{
+		Address: []string{"10.1.0.5/24", "2001:db8::5/64"}, Time: []string{"time.example.com"},
+		Peers: []string{"10.0.0.0/8", "10.1.0.0/16", "2001:db8::/32"}, Operators: []string{"0.0.0.0/0", "::/0"},
+		Reach: []string{"192.0.2.1/32"}, HSM: []string{"10.1.7.9:1792", "[2001:db8::9]:1792"},
+	}
+	must(0, all.Check())(t)
+	for name, rules := range map[string]string{
+		"closed": string(must(os.ReadFile(filepath.Join(root, "usr/share/countersign/closed.nft")))(t)),
+		"empty":  (&agent.Settings{}).Nftables(), "all": all.Nftables(),
+	} {
+		cmd := exec.Command("unshare", "--net", "chroot", root, "/usr/sbin/nft", "--file", "-")
+		cmd.Stdin = strings.NewReader(rules)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v %s", name, err, out)
+		}
+	}
+}
+
 // TestTime has the chronyd of the image ask a server with NTS, by the configuration that a machine
 // makes of its settings, in a network of its own. A server of another authority is not believed.
 func TestTime(t *testing.T) {

@@ -100,7 +100,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if err != nil {
 		a.Log.Error("the record of the pending update", "err", err)
 	}
-	if pending != nil && pending.Phase == machine.PhaseInstalled && pending.Manifest.Version == a.image.Version {
+	if toProve(pending, a.image) {
 		go a.rollBack(ctx)
 	}
 	a.resumeConfiguration()
@@ -195,6 +195,12 @@ func callerOf(c net.Conn) int {
 		}
 	})
 	return id
+}
+
+// toProve reports that the image that runs has to prove itself. A proven image never has to again,
+// whatever restarts.
+func toProve(p *machine.Pending, image machine.Image) bool {
+	return p != nil && p.Phase == machine.PhaseInstalled && p.Manifest.Version == image.Version
 }
 
 // rollBack goes back to the image of before when the new one does not prove itself in time.

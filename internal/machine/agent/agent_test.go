@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"countersign/internal/machine"
+	"countersign/internal/update"
 )
 
 func must[T any](v T, err error) func(testing.TB) T {
@@ -314,6 +315,40 @@ func TestConsole(t *testing.T) {
 	typed.Close()
 	if err := <-done; err != nil || len(asked) > 0 {
 		t.Errorf("%v, %d", err, len(asked))
+	}
+}
+
+// TestToProve has an image prove itself while its update is not proven, and never afterwards: an
+// agent that restarts must not leave an image that the disk depends on.
+func TestToProve(t *testing.T) {
+	for phase, want := range map[string]bool{
+		machine.PhaseInstalled: true, machine.PhaseProven: false, machine.PhaseFailed: false,
+	} {
+		p := &machine.Pending{Phase: phase, Manifest: update.Manifest{Version: "0.3.0"}}
+		if got := toProve(p, machine.Image{Version: "0.3.0"}); got != want {
+			t.Errorf("%s: %v", phase, got)
+		}
+		if toProve(p, machine.Image{Version: "0.2.0"}) {
+			t.Errorf("%s: the image of before must prove itself", phase)
+		}
+	}
+	if toProve(nil, machine.Image{Version: "0.3.0"}) {
+		t.Error("without an update, an image must prove itself")
+	}
+}
+
+// TestDevicesWith counts disks with the same UUID.
+func TestDevicesWith(t *testing.T) {
+	folder := t.TempDir()
+	const entry = "ID_PART_ENTRY_UUID=c0517e51"
+	for name, text := range map[string]string{
+		"b8:1": "N:sda1\nE:" + entry + "\n", "b8:17": "N:sdb1\nE:" + entry + "\nG:x\n", "b8:2": "E:" + entry + "2\n",
+		"c1:1": "E:" + entry + "\n",
+	} {
+		must(0, os.WriteFile(filepath.Join(folder, name), []byte(text), 0o600))(t)
+	}
+	if n := must(devicesWith(folder, entry))(t); n != 2 {
+		t.Errorf("%d devices", n)
 	}
 }
 
