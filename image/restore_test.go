@@ -124,7 +124,9 @@ func TestRestore(t *testing.T) {
 	restore := "restore newest.backup --appliance " + appliance + how
 	other.command("restore newest.backup --appliance countersign/0011223344556677"+how,
 		"name the appliance by the log's key")
-	other.command("countersignd "+restore, "1 of them must")
+	other.command("countersignd "+restore, "make an empty one in its place")
+	other.command("init --token main --new-token", "the token main is ready")
+	other.command(restore, "1 of them must")
 	text := take(t, drive, "restore.txt")
 	output(t, "ssh-keygen", "-q", "-Y", "sign", "-n", "countersign-proposal-v1", "-f", m.path("ann"), text)
 	give(t, drive, text+".sig")
