@@ -495,6 +495,11 @@ func TestRestoreInPlace(t *testing.T) {
 func TestRestoreOnAnotherTPM(t *testing.T) {
 	e := tpmtest.New(t)
 	s := newTPMSystem(t, e, "")
+	address := loopback() + ":7790"
+	s.edit("countersign.toml", "admin_socket", fmt.Sprintf("admin_https = %q\nadmin_socket", address))
+	if out, code := s.daemon("init"); code != 0 || !strings.Contains(out, "created the key admin-ca") {
+		t.Fatalf("%d %s", code, out)
+	}
 	s.backedUp()
 	p := s.serve()
 	s.enrol()
@@ -528,6 +533,16 @@ func TestRestoreOnAnotherTPM(t *testing.T) {
 	}
 	if left := must(filepath.Glob(s.path("keys/*.json")))(t); len(left) != 1 {
 		t.Errorf("the folder has %v", left)
+	}
+	// Nobody has the keys of HTTPS, so init makes new ones, once.
+	out, code = s.daemon("init")
+	for _, key := range []string{"admin-ca/2", "admin-tls/2"} {
+		if !strings.Contains(out, "created the key "+key+" of the HTTPS listener in the place of a lost one") {
+			t.Errorf("%d %s", code, out)
+		}
+	}
+	if out, _ := s.daemon("init"); strings.Contains(out, "in the place of a lost one") {
+		t.Error(out)
 	}
 }
 

@@ -31,6 +31,14 @@ func makeHTTPSKeys(ctx context.Context, c Config, app *appliance.Appliance, who 
 	}
 	for _, name := range httpsKeys {
 		if _, err := app.Keys.Active(name); err == nil {
+			made, err := app.Keys.ReplaceLost(ctx, who, name)
+			if err != nil {
+				return err
+			}
+			if made != nil {
+				fmt.Fprintf(stderr, "created the key %v of the HTTPS listener in the place of a lost one: "+
+					"its certificates are new\n", made.Ref())
+			}
 			continue
 		}
 		if _, err := makeOwn(ctx, c, app, who, name, c.LogToken); err != nil {

@@ -116,6 +116,43 @@ func (r *Ring) CreateOwnRecoverable(ctx context.Context, who audit.Actor, name, 
 	return r.createOwn(ctx, who, name, token, true)
 }
 
+// ReplaceLost makes the next version of a key of the HTTPS listener whose active version is not on
+// its token any more: nobody can bring a P-256 key of a lost TPM back. nil is no key, since the
+// token still has the active version.
+func (r *Ring) ReplaceLost(ctx context.Context, who audit.Actor, name string) (made *Key, err error) {
+	if name != AdminName && name != CAName {
+		return nil, fmt.Errorf("key %q: %w: it is no key of the HTTPS listener", ijson.Clip(name), manage.ErrInvalid)
+	}
+	lost, err := r.Active(name)
+	if err != nil {
+		return nil, err
+	}
+	store, err := r.Tokens.Get(lost.Token)
+	if err != nil {
+		return nil, fmt.Errorf("key %q: %w", name, err)
+	}
+	if _, err := store.Key(ctx, lost.Ref()); !errors.Is(err, keystore.ErrNotFound) {
+		return nil, err
+	}
+	ref := keystore.Ref{Name: name, Version: lost.Version + 1}
+	n := NewKey{Name: name, Algorithm: keystore.P256, Token: lost.Token, Recoverable: len(lost.Envelope) > 0}
+	err = r.run(ctx, who, fmt.Sprintf("key %q", name), func(ctx context.Context) error {
+		next, err := r.make(ctx, who, ref, n)
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		replaced := edit{lost.Ref(), func(rec *record) { rec.State, rec.Retires = VerifyOnly, now.Unix() }}
+		return r.change(ctx, who, []edit{next.as(Active), replaced},
+			audit.NewKeyCreated(who, ref.String(), next.facts(), false),
+			audit.NewKeyRotated(who, ref.String(), next.info.PublicKey, now))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r.Version(name, ref.Version), nil
+}
+
 func (r *Ring) createOwn(
 	ctx context.Context, who audit.Actor, name, token string, recoverable bool,
 ) (*Key, error) {

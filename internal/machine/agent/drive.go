@@ -261,6 +261,11 @@ func (a *Agent) startAppliance(conn net.Conn) error {
 	if err := addSocket(); err != nil {
 		return err
 	}
+	// Keys of the HTTPS listener that were lost with a TPM come anew: without them, no operator
+	// could reach the appliance. The rest is there.
+	if err := countersignd(ctx, "init"); err != nil {
+		fmt.Fprintf(conn, "countersignd init: %v\n", err)
+	}
 	fmt.Fprintf(conn, "the appliance starts\n")
 	if err := run(ctx, nil, "systemctl", "restart", "countersign-setup.service"); err != nil {
 		return err
