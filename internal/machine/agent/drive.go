@@ -218,7 +218,7 @@ func (a *Agent) runCommand(c command, args []string, conn net.Conn, in *bufio.Re
 	defer end()
 	if c.stops {
 		fmt.Fprintf(conn, "the appliance stops\n")
-		if err := run(ctx, nil, "systemctl", append([]string{"stop"}, applianceUnits...)...); err != nil {
+		if err := stopAppliance(ctx); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, a.startAppliance(conn)) }()
@@ -251,6 +251,18 @@ func (a *Agent) runCommand(c command, args []string, conn net.Conn, in *bufio.Re
 
 // applianceUnits are the units of the appliance.
 var applianceUnits = []string{"countersignd.service", "countersignd-keys.socket", "countersignd-admin.socket"}
+
+// stopAppliance stops the units. A daemon that is about to start again by itself must not cancel
+// that.
+func stopAppliance(ctx context.Context) (err error) {
+	args := append([]string{"stop", "--job-mode=replace-irreversibly"}, applianceUnits...)
+	for range 3 {
+		if err = run(ctx, nil, "systemctl", args...); err == nil {
+			return nil
+		}
+	}
+	return err
+}
 
 // startAppliance starts the units again, unless there is nothing to start yet.
 func (a *Agent) startAppliance(conn net.Conn) error {
