@@ -210,12 +210,15 @@ func TestConfigure(t *testing.T) {
 	}
 	signs(t, v.shop, ann)
 
-	// The folder of a sink that can't be there: the text is right, and the daemon does not come up.
+	// A password that others can read: the text is right, and the daemon does not come up.
 	good := ann.tool("admin", "machine", "configuration")
-	must(0, os.WriteFile(next, []byte(good+"\n[[sinks]]\nname = \"log\"\nfile = \"/proc/none/log\"\n"), 0o600))(t)
+	bad := strings.Replace(good, "/etc/countersign/files/"+path[1], "/etc/passwd", 1)
+	must(0, os.WriteFile(next, []byte(bad), 0o600))(t)
 	ann.tool("admin", "machine", "configure", next)
 	v.configured(ann)
-	if events := ann.events("MachineConfigurationFailed"); !strings.Contains(events, "MachineConfigurationFailed") {
+	if events := ann.events("MachineConfigurationFailed"); !strings.Contains(events, "MachineConfigurationFailed") ||
+		!strings.Contains(ann.tool("--json", "admin", "audit", "list", "--type", "MachineConfigurationFailed"),
+			"/etc/passwd") {
 		t.Error(events)
 	}
 	if now := ann.tool("admin", "machine", "configuration"); now != good {

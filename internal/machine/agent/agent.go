@@ -758,31 +758,27 @@ func (a *Agent) pin(r *http.Request) (any, error) {
 	case len(b) == 0 || len(b) > maxPIN || bytes.ContainsAny(b, "\r\n\x00"):
 		return nil, fmt.Errorf("a PIN has 1 to %d bytes on one line", maxPIN)
 	}
-	keys, err := user.Lookup("countersign-keys")
+	owner, err := keysOwner()
 	if err != nil {
-		return nil, err
-	}
-	owner, _ := strconv.Atoi(keys.Uid)
-	f, err := os.CreateTemp(filepath.Dir(pinFile), ".new-*") // the owner comes before the name
-	if err != nil {
-		return nil, err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.Write(pin.Expose())
-	if err := errors.Join(err, f.Chown(owner, owner), f.Sync(), f.Close()); err != nil {
 		return nil, err
 	}
 	if isSetUp() { // until then, a wrong PIN can be typed again
 		return nil, errors.New("the appliance has a PIN already")
 	}
-	if err := os.Rename(f.Name(), pinFile); err != nil {
-		return nil, err
-	}
-	if err := syncAll(filepath.Dir(pinFile)); err != nil {
+	if err := replaceAs(pinFile, pin.Expose(), 0o600, owner, owner); err != nil {
 		return nil, err
 	}
 	return nil, run(context.WithoutCancel(r.Context()), nil, "systemctl", "--no-block", "start",
 		"countersignd-admin.socket", "countersignd-keys.socket", "countersignd.service")
+}
+
+// keysOwner is the user of the key workers, who has a group with the same number.
+func keysOwner() (int, error) {
+	keys, err := user.Lookup("countersign-keys")
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(keys.Uid)
 }
 
 // change puts the network settings of a text in force. The set-up stays: it was for the first boot.

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -230,7 +231,14 @@ func (a *Agent) runCommand(c command, args []string, conn net.Conn, in *bufio.Re
 	run := func(folder string) error { return onTerminal(ctx, end, folder, args, conn, in) }
 	switch {
 	case c.drive:
-		return withDrive(func() error { return run(driveFolder) })
+		return withDrive(func() error {
+			forget, err := lendSOPIN(args)
+			if err != nil {
+				return err
+			}
+			defer forget()
+			return run(driveFolder)
+		})
 	case !c.waits:
 		return run("/")
 	}
@@ -248,6 +256,42 @@ func (a *Agent) runCommand(c command, args []string, conn net.Conn, in *bufio.Re
 	<-exchanged
 	return err
 }
+
+// soPINFile is the security officer's PIN for the key worker that makes a token, while a command
+// runs.
+const soPINFile = "/var/lib/countersign-keys/so-pin-of-drive"
+
+// lendSOPIN copies the file of the security officer's PIN to where the user of the key workers can
+// read it, and changes the argument. forget removes the copy.
+func lendSOPIN(args []string) (forget func(), err error) {
+	forget = func() {}
+	for i, arg := range args {
+		name, is := strings.CutPrefix(arg, soPINFlag)
+		if !is {
+			continue
+		}
+		b, err := readBounded(filepath.Join(driveFolder, name), maxPIN+2)
+		defer clear(b)
+		if err != nil {
+			return forget, err
+		}
+		owner, err := keysOwner()
+		if err != nil {
+			return forget, err
+		}
+		args[i] = soPINFlag + soPINFile
+		if err := replaceAs(soPINFile, b, 0o600, owner, owner); err != nil {
+			return forget, err
+		}
+		return func() {
+			os.WriteFile(soPINFile, make([]byte, len(b)), 0o600)
+			os.Remove(soPINFile)
+		}, nil
+	}
+	return forget, nil
+}
+
+const soPINFlag = "--so-pin-file="
 
 // applianceUnits are the units of the appliance.
 var applianceUnits = []string{"countersignd.service", "countersignd-keys.socket", "countersignd-admin.socket"}
@@ -273,14 +317,14 @@ func (a *Agent) startAppliance(conn net.Conn) error {
 	if err := addSocket(); err != nil {
 		return err
 	}
+	fmt.Fprintf(conn, "the appliance starts\n")
+	if err := run(ctx, nil, "systemctl", "restart", "countersign-setup.service"); err != nil {
+		return errors.New(cmp.Or(Failed("setup"), err.Error()))
+	}
 	// Keys of the HTTPS listener that were lost with a TPM come anew: without them, no operator
 	// could reach the appliance. The rest is there.
 	if err := countersignd(ctx, "init"); err != nil {
 		fmt.Fprintf(conn, "countersignd init: %v\n", err)
-	}
-	fmt.Fprintf(conn, "the appliance starts\n")
-	if err := run(ctx, nil, "systemctl", "restart", "countersign-setup.service"); err != nil {
-		return err
 	}
 	return run(ctx, nil, "systemctl", append([]string{"--no-block", "start"}, applianceUnits...)...)
 }
