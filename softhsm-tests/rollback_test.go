@@ -277,10 +277,10 @@ deadline = "500ms"
 	}
 	eventually(t, "what to do, in the state", func() bool { // the first key worker must have looked at the TPM
 		out := s.must("admin", "state")
-		return strings.Contains(out, "counter-unread") && strings.Contains(out, "new folder in state")
+		return strings.Contains(out, "counter-unread") && strings.Contains(out, "--new-token puts them aside")
 	})
 	_, errOut, exit := s.cli("", "admin", "rollback", "accept", "--reason", "too early")
-	if exit != 1 || !strings.Contains(errOut, "new folder in state") {
+	if exit != 1 || !strings.Contains(errOut, "--new-token puts them aside") {
 		t.Errorf("accepted before there is a counter: %d %s", exit, errOut)
 	}
 	p.stop()

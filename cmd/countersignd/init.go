@@ -243,7 +243,7 @@ func makeToken(
 	switch {
 	case made && t.TPM != "":
 		fmt.Fprintf(stderr, "prepared the TPM of the token %s, with its state in %s\n", name, t.State)
-		if o.newToken {
+		if o.newToken && o.token == name {
 			fmt.Fprintf(stderr, "records of another TPM have the names NAME.replaced-TIME there, and are of no use\n")
 		}
 	case made:

@@ -175,7 +175,7 @@ func (c *Console) describe(b *strings.Builder, s machine.Status) {
 	}
 	state := r.State
 	if age := time.Since(time.Unix(r.At, 0)); age > time.Minute {
-		state = fmt.Sprintf("has said nothing for %s; before: %s", age.Round(time.Second), state)
+		state = fmt.Sprintf("has said nothing for %s; before: %s", cli.FormatDuration(age.Truncate(time.Minute)), state)
 	}
 	wrapped(b, "appliance", r.Appliance+": "+state)
 	for i, each := range r.Causes {
