@@ -768,8 +768,7 @@ func (a *Agent) pin(r *http.Request) (any, error) {
 	if err := replaceAs(pinFile, pin.Expose(), 0o600, owner, owner); err != nil {
 		return nil, err
 	}
-	return nil, run(context.WithoutCancel(r.Context()), nil, "systemctl", "--no-block", "start",
-		"countersignd-admin.socket", "countersignd-keys.socket", "countersignd.service")
+	return nil, startUnits(context.WithoutCancel(r.Context()))
 }
 
 // keysOwner is the user of the key workers, who has a group with the same number.

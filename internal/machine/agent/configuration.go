@@ -214,6 +214,10 @@ func (a *Agent) watchConfiguration(sha256 string, wait time.Duration) {
 		return
 	}
 	ctx := context.Background()
+	// The check listens where the service manager does, and would have the daemon started.
+	if err := stopAppliance(ctx); err != nil {
+		a.Log.Error("stop the appliance", "err", err)
+	}
 	why := "the appliance did not come up with it within " + wait.String()
 	if err := countersignd(ctx, "check"); err != nil {
 		why += ": " + err.Error()
@@ -227,7 +231,7 @@ func (a *Agent) watchConfiguration(sha256 string, wait time.Duration) {
 		err = writeJSON(configurationRecord, p)
 	}
 	a.Log.Error("the configuration of before is in force again", "why", why, "err", err)
-	if err := a.restart(ctx); err != nil {
+	if err := startUnits(ctx); err != nil {
 		a.Log.Error("start the daemon", "err", err)
 	}
 }

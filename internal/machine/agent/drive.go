@@ -326,6 +326,10 @@ func (a *Agent) startAppliance(conn net.Conn) error {
 	if err := countersignd(ctx, "init"); err != nil {
 		fmt.Fprintf(conn, "countersignd init: %v\n", err)
 	}
+	return startUnits(ctx)
+}
+
+func startUnits(ctx context.Context) error {
 	return run(ctx, nil, "systemctl", append([]string{"--no-block", "start"}, applianceUnits...)...)
 }
 
