@@ -72,16 +72,13 @@ func TestCutFirstBoot(t *testing.T) {
 	long(t)
 	m := must(theMaker())(t)
 	v := newVM(t, m.image(t, nil), m.settings(t)+m.holders(t))
-	v.start()
-	v.see("the state is made on")
 	for i := range 6 {
-		time.Sleep(time.Duration(i) * 1500 * time.Millisecond) // no condition: the cut comes at any time
-		v.kill()
 		v.start()
-		if i > 0 {
-			v.see("network") // the console is up, and the appliance is being made
-		}
+		v.see("Countersign 0.2.0") // the console is up, and the appliance is being made
+		time.Sleep(time.Duration(i) * 700 * time.Millisecond) // no condition: the cut comes at any time
+		v.kill()
 	}
+	v.start()
 	v.ready()
 	ann := v.operator()
 	if holders := ann.tool("admin", "holder", "show"); !strings.Contains(holders, "carol") {

@@ -151,7 +151,7 @@ func TestRestore(t *testing.T) {
 		t.Errorf("another key: %s, want %s", key, public)
 	}
 	other.eventually(2*time.Minute, "documents of after the restore are signed", func() bool {
-		args := []string{"sign", "--context", "test", "image_test.go"}
+		args := []string{"sign", "--json", "--context", "test", "image_test.go"}
 		_, err := ann.try(append(args, shop...)...)
 		return err == nil
 	})
