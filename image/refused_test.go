@@ -163,7 +163,7 @@ func TestSettingsOnTheESP(t *testing.T) {
 	v.see("Type yes to put these settings in force")
 	v.typeLine("yes")
 	v.eventually(bootTime, "the firewall keeps the peer out", func() bool {
-		args := []string{"sign", "--timeout", "2s", "--context", "test", "image_test.go"}
+		args := []string{"sign", "--json", "--timeout", "2s", "--context", "test", "image_test.go"}
 		_, err := ann.try(append(args, v.shop...)...)
 		return err != nil
 	})

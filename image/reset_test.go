@@ -74,7 +74,7 @@ func TestCutFirstBoot(t *testing.T) {
 	v := newVM(t, m.image(t, nil), m.settings(t)+m.holders(t))
 	for i := range 6 {
 		v.start()
-		v.see("Countersign 0.2.0") // the console is up, and the appliance is being made
+		v.see("Countersign 0.2.0")                            // the console is up, and the appliance is being made
 		time.Sleep(time.Duration(i) * 700 * time.Millisecond) // no condition: the cut comes at any time
 		v.kill()
 	}
