@@ -38,6 +38,9 @@ var (
 type PublicKey struct {
 	encoded [ed25519.PublicKeySize]byte
 	minus   edwards25519.Point // -A
+
+	uses  atomic.Uint64         // verifications
+	table atomic.Pointer[table] // of -A; nil: none yet
 }
 
 // ParsePublicKey parses a public key of 32 bytes. Errors are a wrong length (ErrKeySize), a
@@ -109,11 +112,19 @@ func (k *PublicKey) Verify(message, signature []byte) error {
 	}
 	// R = [S]B - [k]A. The comparison of encodings refuses a non-canonical R and an R without a
 	// point.
-	r := new(edwards25519.Point).VarTimeDoubleScalarBaseMult(challenge, &k.minus, s)
-	if string(r.Bytes()) != string(signature[:32]) || smallOrder(r) {
+	if r := k.commitment(s, challenge); r != [32]byte(signature) || smallOrders[r] {
 		return ErrSignature
 	}
 	return nil
+}
+
+// commitment returns the encoding of [s]B - [challenge]A.
+func (k *PublicKey) commitment(s, challenge *edwards25519.Scalar) [32]byte {
+	k.used()
+	if t := k.table.Load(); t != nil {
+		return t.combination(s, challenge)
+	}
+	return [32]byte(new(edwards25519.Point).VarTimeDoubleScalarBaseMult(challenge, &k.minus, s).Bytes())
 }
 
 // CheckPublicKey returns the error of ParsePublicKey.
