@@ -67,6 +67,12 @@ func TestStrictCases(t *testing.T) {
 		if err := eddsa.Verify(key, message, signature); !errors.Is(err, want.err) {
 			t.Errorf("%s: %v, want %v", c.Comment, err, want.err)
 		}
+		if k, err := eddsa.ParsePublicKey(key); err == nil { // the same by tables
+			k.MakeTable()
+			if err := k.Verify(message, signature); !errors.Is(err, want.err) {
+				t.Errorf("%s, by tables: %v, want %v", c.Comment, err, want.err)
+			}
+		}
 		if !strings.HasPrefix(c.Reason, "key ") {
 			want.err = nil
 		}
