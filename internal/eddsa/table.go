@@ -8,8 +8,8 @@ import (
 )
 
 // A table has multiples of one point, so that a scalar multiplication is 32 additions and no
-// doubling: radix 256 with signed digits (Handbook of Elliptic and Hyperelliptic Curve Cryptography,
-// section 9.3.3). Entry [i][j] is (j+1) * 256^i times the point. A table has 480 KiB.
+// doubling: radix 256 with signed digits (Handbook of Elliptic and Hyperelliptic Curve
+// Cryptography, section 9.3.3). Entry [i][j] is (j+1) * 256^i times the point. A table has 480 KiB.
 //
 // The time of an addition depends on the digits: signatures and public keys are no secrets.
 type table [digits][window]cached
@@ -222,7 +222,7 @@ func (k *PublicKey) keep(made *table) {
 		tables.keys[least].table.Store(nil)
 		tables.keys[least] = tables.keys[maxTables-1]
 		tables.keys = tables.keys[:maxTables-1]
-		for _, each := range tables.keys { // what was used long ago must not count for ever
+		for _, each := range tables.keys { // uses of long ago must not count for ever
 			each.uses.Store(each.uses.Load() / 2)
 		}
 	}
