@@ -81,7 +81,7 @@ func TestCutFirstBoot(t *testing.T) {
 	v.start()
 	v.ready()
 	ann := v.operator()
-	if holders := ann.tool("admin", "holder", "show"); !strings.Contains(holders, "carol") {
+	if holders := ann.tool("admin", "holders", "show"); !strings.Contains(holders, "carol") {
 		t.Error(holders)
 	}
 	signs(t, ann.shop(), ann)
