@@ -143,7 +143,10 @@ func TestRestore(t *testing.T) {
 			"--answer", answer)
 		give(t, drive, answer)
 	}
-	other.see("start the daemon")
+	other.eventually(bootTime, "the keys have returned, and the prompt is there", func() bool {
+		text := other.log.String()
+		return strings.Contains(text, "start the daemon") && strings.HasSuffix(text, "countersignd: ")
+	})
 	other.typeLine("")
 	other.ready()
 	ann = other.operator()
