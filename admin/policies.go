@@ -3,8 +3,6 @@ package admin
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"regexp"
 	"slices"
 	"strconv"
@@ -28,8 +26,8 @@ const (
 func (s *server) tryPolicy(ctx context.Context, who caller, in *body[api.TryPolicy]) (api.TriedPolicy, error) {
 	s.trying.Lock()
 	defer s.trying.Unlock()
-	sum := sha256.Sum256([]byte(in.Body.Text))
-	doc := api.TriedPolicy{SHA256: hex.EncodeToString(sum[:]), Warnings: []api.PolicyDoubt{}, Cases: []api.TriedCase{}}
+	doc := api.TriedPolicy{SHA256: hexDigest([]byte(in.Body.Text)), Warnings: []api.PolicyDoubt{},
+		Cases: []api.TriedCase{}}
 	rules, err := policy.Offer("policy.cedar", []byte(in.Body.Text))
 	if err != nil {
 		doc.Error = placed(err, "policy.cedar")

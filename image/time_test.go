@@ -15,9 +15,7 @@ import (
 // before the settings, and those of settings with all that can be named.
 func TestFirewall(t *testing.T) {
 	need(t, "unshare")
-	if os.Getuid() != 0 {
-		t.Skip("a network namespace with a chroot needs root")
-	}
+	needRoot(t)
 	m := must(theMaker())(t)
 	root := filepath.Join(m.image(t, nil).options.Work, "root")
 	all := agent.Settings{
@@ -42,9 +40,7 @@ func TestFirewall(t *testing.T) {
 // makes of its settings, in a network of its own. A server of another authority is not believed.
 func TestTime(t *testing.T) {
 	need(t, "unshare", "ip", "openssl")
-	if os.Getuid() != 0 {
-		t.Skip("a network namespace with a chroot needs root")
-	}
+	needRoot(t)
 	m := must(theMaker())(t)
 	root := filepath.Join(m.image(t, nil).options.Work, "root")
 	dir := t.TempDir()

@@ -42,12 +42,26 @@ func need(t testing.TB, programs ...string) {
 	t.Helper()
 	for _, program := range programs {
 		if _, err := exec.LookPath(program); err != nil {
-			if os.Getenv("REQUIRE_DEVICES") == "1" {
-				t.Fatal(err)
-			}
-			t.Skip(err)
+			missing(t, err.Error())
 		}
 	}
+}
+
+// needRoot fails for another user, who can't make a network namespace and change its root.
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		missing(t, "root")
+	}
+}
+
+// missing fails the test under make test and make test-image, and skips the test otherwise.
+func missing(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("REQUIRE_DEVICES") == "1" {
+		t.Fatal("missing: " + what)
+	}
+	t.Skip("missing: " + what)
 }
 
 // public is the public key of the maker with a name, as a line of OpenSSH without a comment.

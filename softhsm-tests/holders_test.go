@@ -576,6 +576,9 @@ func TestEverythingBurns(t *testing.T) {
 		t.Errorf("restore: %d\n%s", exit, out)
 	}
 	n.restore(backup, moved...)
+	if out, _ := n.daemon("init"); strings.Contains(out, "in the place of a lost one") {
+		t.Errorf("init replaces keys that holders can return: %s", out)
+	}
 	c := n.ceremony("return-keys")
 	c.give("alice")
 	c.until("answer")

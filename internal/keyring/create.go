@@ -117,14 +117,14 @@ func (r *Ring) CreateOwnRecoverable(ctx context.Context, who audit.Actor, name, 
 }
 
 // ReplaceLost makes the next version of a key of the HTTPS listener whose active version is not on
-// its token any more: nobody can bring a P-256 key of a lost TPM back. nil is no key, since the
-// token still has the active version.
+// its token any more and can't come back: holders can't return a P-256 key of a TPM. nil is no new
+// version: the token has the active one, or holders can return that.
 func (r *Ring) ReplaceLost(ctx context.Context, who audit.Actor, name string) (made *Key, err error) {
 	if name != AdminName && name != CAName {
 		return nil, fmt.Errorf("key %q: %w: it is no key of the HTTPS listener", ijson.Clip(name), manage.ErrInvalid)
 	}
 	lost, err := r.Active(name)
-	if err != nil {
+	if err != nil || len(lost.Envelope) > 0 {
 		return nil, err
 	}
 	store, err := r.Tokens.Get(lost.Token)
@@ -135,7 +135,7 @@ func (r *Ring) ReplaceLost(ctx context.Context, who audit.Actor, name string) (m
 		return nil, err
 	}
 	ref := keystore.Ref{Name: name, Version: lost.Version + 1}
-	n := NewKey{Name: name, Algorithm: keystore.P256, Token: lost.Token, Recoverable: len(lost.Envelope) > 0}
+	n := NewKey{Name: name, Algorithm: keystore.P256, Token: lost.Token}
 	err = r.run(ctx, who, fmt.Sprintf("key %q", name), func(ctx context.Context) error {
 		next, err := r.make(ctx, who, ref, n)
 		if err != nil {

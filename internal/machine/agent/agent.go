@@ -515,7 +515,7 @@ func (a *Agent) upload(r *http.Request) (any, error) {
 			err = a.fits(u.Manifest)
 		}
 		if err == nil {
-			a.expected = u.Manifest.Size + maxAround
+			a.expected = u.Manifest.Size + maxAround // of the parts that follow, which need this one
 			err = room(filepath.Dir(updatesFolder), a.expected)
 		}
 		if err == nil {

@@ -114,7 +114,7 @@ func countersignd(ctx context.Context, args ...string) error {
 	defer cancel()
 	var complaints bytes.Buffer
 	cmd := exec.CommandContext(ctx, "/usr/bin/countersignd", args...)
-	cmd.Stderr = &complaints
+	cmd.Stderr, cmd.WaitDelay = &complaints, 10*time.Second // key workers have stderr, too
 	if err := cmd.Run(); err != nil {
 		text := strings.TrimPrefix(strings.TrimSpace(lastOf(complaints.String())), "countersignd: error: ")
 		if text == "" {
@@ -138,7 +138,10 @@ func (a *Agent) configure(ctx context.Context, text string) (any, error) {
 	if err := writeJSON(configurationRecord, p); err != nil {
 		return nil, err
 	}
-	if err := putConfig(configFile, []byte(text)); err != nil {
+	if err := putConfig(configFile, []byte(text)); err != nil { // the new one may have the name already
+		if back := putConfig(configFile, now); back != nil {
+			return nil, errors.Join(err, back) // the record stays, for the next start
+		}
 		return nil, errors.Join(err, os.Remove(configurationRecord))
 	}
 	a.Log.Info("the configuration was changed", "sha256", p.SHA256)

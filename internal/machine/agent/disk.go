@@ -33,7 +33,7 @@ import (
 //     name becomes State when the partition is complete.
 //   - A partition of the name State is never made anew, whatever it looks like.
 //   - A partition of the name goingState is being destroyed: the next boot goes on with that.
-//   - The TPM unseals the key of the disk once in a boot, before any byte of the state is read.
+//   - The TPM unseals the key of the disk before any byte of the state is read, and not afterwards.
 //   - A seal for the next minimal version is in the header before the counter rises, and the one
 //     before goes afterwards. A power cut leaves one that opens.
 const (

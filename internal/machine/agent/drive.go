@@ -23,10 +23,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Commands with a drive bring an appliance back, as root does on a host. A machine has
-// nobody to log in, so its console takes those commands of countersignd that give nobody any power:
-// a restore needs the approvals of the backup's operators, and keys return by the shares of their
-// holders. Their files are on a drive with a FAT file system of the name driveLabel.
+// Commands with a drive bring an appliance back, as root does on a host. A machine has nobody to
+// log in, so its console takes those commands of countersignd that give nobody any power: a restore
+// needs the approvals of the backup's operators, and keys return by the shares of their holders.
+// Their files are on a drive with a FAT file system of the name driveLabel.
 //
 // The drive is mounted while a command runs, and can be pulled at any other time.
 const (
@@ -44,10 +44,10 @@ const (
 type operand int
 
 const (
-	toggle  operand = iota // no value
-	text                   // a name or a number
-	file                   // on the drive
-	several                // files on the drive, separated by commas
+	noValue    operand = iota
+	textValue          // a name or a number
+	fileValue          // on the drive
+	filesValue         // files on the drive, separated by commas
 )
 
 // command is a command of countersignd that the console may run.
@@ -61,14 +61,18 @@ type command struct {
 }
 
 var commands = map[string]command{
-	"check": {flags: map[string]operand{"deep": toggle, "write": toggle, "retry-pin": text}},
+	"check": {flags: map[string]operand{"deep": noValue, "write": noValue, "retry-pin": textValue}},
 	"backup verify": {file: true, flags: map[string]operand{
-		"identity": several, "lists": file, "until-list": text}},
+		"identity": filesValue, "lists": fileValue, "until-list": textValue,
+	}},
 	"restore": {file: true, stops: true, flags: map[string]operand{
-		"appliance": text, "identity": several, "proposer": text, "text": file, "approval": several, "lists": file,
-		"until-list": text}},
-	"init":        {stops: true, flags: map[string]operand{"token": text, "new-token": toggle, "so-pin-file": file}},
-	"return-keys": {stops: true, waits: true, flags: map[string]operand{"key": text, "wait": text}},
+		"appliance": textValue, "identity": filesValue, "proposer": textValue, "text": fileValue,
+		"approval": filesValue, "lists": fileValue, "until-list": textValue,
+	}},
+	"init": {stops: true, flags: map[string]operand{
+		"token": textValue, "new-token": noValue, "so-pin-file": fileValue,
+	}},
+	"return-keys": {stops: true, waits: true, flags: map[string]operand{"key": textValue, "wait": textValue}},
 }
 
 // parseCommand parses a line such as
@@ -113,9 +117,9 @@ func parseCommand(line string) (c command, args []string, err error) {
 		switch {
 		case !known:
 			return c, nil, fmt.Errorf("%s has no --%s on a machine", name, flag)
-		case kind == toggle && given:
+		case kind == noValue && given:
 			return c, nil, fmt.Errorf("--%s has no value", flag)
-		case kind == toggle:
+		case kind == noValue:
 			args = append(args, "--"+flag)
 			continue
 		case !given && len(words) == 0:
@@ -123,10 +127,10 @@ func parseCommand(line string) (c command, args []string, err error) {
 		case !given:
 			value, words = words[0], words[1:]
 		}
-		if kind == file && flag == "lists" && value == "none" {
-			kind = text
+		if kind == fileValue && flag == "lists" && value == "none" {
+			kind = textValue
 		}
-		if kind == file || kind == several {
+		if kind == fileValue || kind == filesValue {
 			for each := range strings.SplitSeq(value, ",") {
 				if err := onDrive(each); err != nil {
 					return c, nil, err
