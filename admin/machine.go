@@ -262,7 +262,7 @@ func (s *server) machineConfiguration(ctx context.Context, _ caller, _ *none) (a
 // putMachineFile keeps a file. Its name, which the event has, is known afterwards only: a file
 // without an event is removed, and no approved configuration can name it.
 func (s *server) putMachineFile(ctx context.Context, who caller, in *struct {
-	Name    string `path:"name" pattern:"^[a-z0-9][a-z0-9_-]{0,39}$"`
+	Name    string `path:"name" doc:"1 to 40 small letters, digits, hyphens and underscores"`
 	RawBody []byte `contentType:"application/octet-stream"`
 }) (api.MachineFile, error) {
 	if err := s.noMachine(); err != nil {

@@ -88,7 +88,8 @@ func TestCutFirstBoot(t *testing.T) {
 	v.off()
 }
 
-// TestMenu makes the link of the first administrator, and changes the network, at the console.
+// TestMenu makes the link of the first administrator, changes the network and the time servers, and
+// restarts the machine, at the console.
 func TestMenu(t *testing.T) {
 	long(t)
 	m := must(theMaker())(t)
@@ -119,7 +120,26 @@ func TestMenu(t *testing.T) {
 	v.see("Type yes to put these settings in force")
 	v.typeLine("yes")
 	v.see("network 10.0.2.99/24")
+	v.typeLine("t")
+	v.see("Names of time servers with NTS")
+	v.typeLine("192.0.2.1")
+	v.see(`"192.0.2.1" is no host name`)
+	v.typeLine("t")
+	v.eventually(bootTime, "the question comes again", func() bool {
+		return strings.Count(v.log.String(), "Names of time servers with NTS") == 2
+	})
+	v.typeLine("time.example.com")
+	v.see(`time = ['time.example.com']`)
+	v.typeLine("yes")
+	v.typeLine("r")
+	v.see("Type yes to reboot")
+	v.typeLine("yes")
+	v.eventually(bootTime, "the machine comes back with its settings", func() bool {
+		_, after, again := strings.Cut(v.log.String(), "reboot: Restarting system")
+		return again && strings.Contains(after, "10.0.2.99/24")
+	})
+	v.typeLine("t")
+	v.see("Names of time servers with NTS [time.example.com]")
+	v.typeLine("")
 	v.off()
-	v.start()
-	v.see("network 10.0.2.99/24")
 }

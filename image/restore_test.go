@@ -195,7 +195,11 @@ func TestConfigure(t *testing.T) {
 		t.Fatalf("the files are %v and %v", path, other)
 	}
 	ann.tool("admin", "machine", "file", "remove", other[1])
-	for _, args := range [][]string{{"put", "Mail", password}, {"put", "a.b", password}, {"remove", other[1]}} {
+	if out, err := ann.try("admin", "machine", "file", "put", "Mail", password); err == nil ||
+		!strings.Contains(out, "a file's name has 1 to 40 small letters") {
+		t.Error(err, out)
+	}
+	for _, args := range [][]string{{"put", "a.b", password}, {"remove", other[1]}} {
 		if out, err := ann.try(append([]string{"admin", "machine", "file"}, args...)...); err == nil {
 			t.Errorf("%v: %s", args, out)
 		}

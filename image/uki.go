@@ -67,12 +67,12 @@ func (r register) extend(what []byte) {
 func Manifest(uki []byte) (m update.Manifest, err error) {
 	f, err := pe.NewFile(bytes.NewReader(uki))
 	if err != nil {
-		return m, fmt.Errorf("the image: %w", err)
+		return m, fmt.Errorf("it is no unified kernel image: %w", err)
 	}
 	read := func(name string) ([]byte, error) {
 		s := f.Section(name)
 		if s == nil {
-			return nil, fmt.Errorf("the image has no section %s", name)
+			return nil, fmt.Errorf("it is no unified kernel image of this project: there is no section %s", name)
 		}
 		b, err := s.Data()
 		return b[:min(int(s.VirtualSize), len(b))], err
