@@ -293,6 +293,11 @@ func TestConsole(t *testing.T) {
 	if text := out.text.String(); strings.ContainsAny(text, "\x1b\x07\u202e") {
 		t.Errorf("the console shows control characters: %q", text)
 	}
+	for line := range strings.Lines(out.text.String()) {
+		if len(line) > 80 {
+			t.Errorf("the console has a line of %d columns: %s", len(line), line)
+		}
+	}
 	for _, line := range []string{"f", "pay", strings.Repeat("x", 10000), "r", "no"} {
 		io.WriteString(typed, line+"\n")
 	}

@@ -125,9 +125,10 @@ func (c *Console) show(ctx context.Context) {
 	} else {
 		c.describe(&b, s)
 	}
-	b.WriteString("\n  n network   t time   l link of the first administrator   e settings of the ESP\n" +
-		"  h PIN of an HSM   c commands with a drive   b restore a backup   r reboot   p power off\n" +
-		"  f factory reset                                                  (a letter, then Enter)\n")
+	b.WriteString("\n  n network   t time   l link of the first administrator\n" +
+		"  e settings of the ESP   h PIN of an HSM   c commands with a drive\n" +
+		"  b restore a backup   r reboot   p power off   f factory reset\n" +
+		"(a letter, then Enter)\n")
 	if text := b.String(); text != c.shown {
 		c.shown = text
 		fmt.Fprintf(c.Out, "\n%s\n%s> ", strings.Repeat("=", 78), text)

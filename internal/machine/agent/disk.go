@@ -250,7 +250,7 @@ func (d *Disk) find(ctx context.Context) error {
 	if uuid := strings.ToLower(efiText("LoaderDevicePartUUID-" + loaderVendor)); uuid != "" {
 		by, entry = "/dev/disk/by-partuuid/"+uuid, "ID_PART_ENTRY_UUID="+uuid
 	}
-	if err := run(ctx, nil, "udevadm", "wait", "--timeout=60", by); err != nil {
+	if err := run(ctx, nil, "udevadm", "wait", "--timeout=180", by); err != nil {
 		return fmt.Errorf("the disk that this machine has booted from (%s) does not come up: %w", by, err)
 	}
 	// All disks of an image have the same UUIDs, and the link would name any of them.
