@@ -275,15 +275,18 @@ func (s *Shipper) run() {
 }
 
 // notice breaks the chain if a file with lists after the newest backup is no longer what was
-// written. A folder that is away may come back.
+// written. A folder that is away may come back, so all files are looked for in the folder that is
+// open: by their paths, a folder that goes away meanwhile would have none.
 func (s *Shipper) notice() {
-	if _, err := os.Stat(s.folder); err != nil {
+	folder, err := os.OpenRoot(s.folder)
+	if err != nil {
 		return
 	}
+	defer folder.Close()
 	s.mu.Lock()
 	files := slices.Clone(s.files)
 	s.mu.Unlock()
-	if !slices.ContainsFunc(files, shippedFile.changed) {
+	if !slices.ContainsFunc(files, func(f shippedFile) bool { return f.changed(folder) }) {
 		return
 	}
 	s.closeFile()
@@ -297,8 +300,8 @@ func (s *Shipper) notice() {
 	s.breakChain(next, time.Now())
 }
 
-func (f shippedFile) changed() bool {
-	is, err := os.Lstat(f.path)
+func (f shippedFile) changed(folder *os.Root) bool {
+	is, err := folder.Lstat(filepath.Base(f.path))
 	return errors.Is(err, fs.ErrNotExist) || err == nil && (!os.SameFile(is, f.info) || is.Size() != f.size)
 }
 
